@@ -1,0 +1,226 @@
+"""How much CPU time and memory does the fused recall@k loss need, beside a loop over queries that autograd records?
+
+    python benchmarks/rank_loss.py            # three minutes, prints a table
+    python benchmarks/rank_loss.py --save     # and writes it to benchmarks/results/rank_loss_cpu.md
+
+The loop is written from the formulas in the manner of the paper's released code: one query after another, virtual
+samples as embeddings, one backward pass at the end. Its cost per query does not depend on the query, so some queries
+are measured and scaled to all; so is its memory, nearly all of which is what autograd keeps for each query.
+
+Every figure comes from a process of its own. CPU seconds are of all threads, loss and gradient together, the least of
+the repeats. Memory is the highest resident size (VmHWM) above the size with inputs in place, in a process whose
+allocator returns every block above 1 MB to the system at once, so that it holds live tensors and nothing else; that
+slows it down, hence time and memory are measured apart.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.losses import mixing_coefficients, mixing_pairs, recall_at_k_with_gradient
+
+RESULT = Path(__file__).parent / "results" / "rank_loss_cpu.md"
+KS = (1, 2, 4, 8, 16)
+RANK_TEMPERATURE = 0.01
+DATA = {
+    "random": "directions at random: an untrained encoder without a bias",
+    "early": "all images alike, classes hardly: most similarities near the thresholds",
+    "learned": "clusters of a class within looser clusters of eight classes",
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.measure:
+        print(json.dumps(measure(arguments)))
+        return
+    table = report(arguments)
+    print(table)
+    if arguments.save:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(table + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--images-per-class", type=int, default=4)
+    parser.add_argument("--queries-of-the-loop", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help=f"write the table to {RESULT.name} too")
+    # What one process measures; set by the process that prints the table.
+    parser.add_argument("--measure", choices=["fused", "loop"], help=argparse.SUPPRESS)
+    parser.add_argument("--data", choices=list(DATA), default="random", help=argparse.SUPPRESS)
+    parser.add_argument("--mixed", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def report(arguments: argparse.Namespace) -> str:
+    batch, dim, images_per_class = arguments.batch, arguments.dim, arguments.images_per_class
+    lines = [
+        f"# Recall@k loss and gradient on CPU, batch {batch}, {dim} dimensions, {images_per_class} images per class",
+        "",
+        "| mixing | data | loop, CPU s | fused, CPU s | ratio | loop, MB | fused, MB | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for mixed in (False, True):
+        for data in DATA:
+            seconds = {one: in_child(arguments, one, data, mixed)["seconds"] for one in ("loop", "fused")}
+            megabytes = {
+                one: in_child(arguments, one, data, mixed, MALLOC_MMAP_THRESHOLD_=str(1 << 20))["megabytes"]
+                for one in ("loop", "fused")
+            }
+            lines.append(
+                f"| {'yes' if mixed else 'no'} | {data} | {seconds['loop']:.1f} | {seconds['fused']:.2f} "
+                f"| {seconds['loop'] / seconds['fused']:.0f} | {megabytes['loop']:.0f} | {megabytes['fused']:.0f} "
+                f"| {megabytes['loop'] / megabytes['fused']:.0f} |"
+            )
+    num_queries = {False: batch, True: batch * (images_per_class + 1) // 2}
+    lines += [
+        "",
+        f"The loop: {arguments.queries_of_the_loop} of {num_queries[False]} queries measured, "
+        f"of {num_queries[True]} with mixing, and scaled to all. {largest_difference()}",
+        f"Definition `released`, ks {KS}, rank temperature {RANK_TEMPERATURE}, float32.",
+        "",
+        *(f"* {name}: {description}." for name, description in DATA.items()),
+        "",
+        f"{processor()}, {arguments.threads} thread(s), least of {arguments.repeats}. "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}, commit {commit()}.",
+        f"Command: `python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+    ]
+    return "\n".join(lines)
+
+
+def in_child(arguments: argparse.Namespace, one: str, data: str, mixed: bool, **environment: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", one, "--data", data, *(["--mixed"] if mixed else [])]
+    for name in ("batch", "dim", "images_per_class", "queries_of_the_loop", "threads", "repeats"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    environment = (
+        os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_WAIT_POLICY": "PASSIVE"} | environment
+    )
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    torch.set_num_threads(arguments.threads)
+    labels = torch.arange(arguments.batch) // arguments.images_per_class
+    embeddings = make_embeddings(labels, arguments.dim, arguments.data)
+    mixing = mixing_coefficients(labels, seed=0, step=0) if arguments.mixed else None
+    num_samples = len(labels) + (0 if mixing is None else len(mixing))
+    queries = torch.linspace(0, num_samples - 1, min(arguments.queries_of_the_loop, num_samples)).long()
+
+    def run(embeddings: Tensor, labels: Tensor, mixing: Tensor | None, queries: Tensor) -> None:
+        if arguments.measure == "fused":
+            fused(embeddings, labels, mixing)
+        else:
+            loop(embeddings, labels, mixing, queries)
+
+    # Small, so that code is loaded but no memory taken.
+    few = labels[: 8 * arguments.images_per_class]
+    run(embeddings[: len(few)], few, None if mixing is None else mixing_coefficients(few, seed=0, step=0), queries[:1])
+    scale = 1.0 if arguments.measure == "fused" else num_samples / len(queries)
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again from the present size
+    before = resident_megabytes("VmRSS")
+    seconds = []
+    for repeat in range(arguments.repeats):
+        start = time.process_time()
+        run(embeddings, labels, mixing, queries)
+        seconds.append(time.process_time() - start)
+        if repeat == 0:
+            megabytes = resident_megabytes("VmHWM") - before
+    return {"seconds": min(seconds) * scale, "megabytes": megabytes * scale}
+
+
+def make_embeddings(labels: Tensor, dim: int, data: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, dim, generator=generator)
+
+    images = normal(len(labels))
+    num_classes = int(labels.max()) + 1
+    if data == "early":
+        images = normal(1) + 0.3 * normal(num_classes)[labels] + 0.6 * images
+    elif data == "learned":
+        images = 0.7 * normal(num_classes // 8 + 1)[labels // 8] + normal(num_classes)[labels] + images
+    return functional.normalize(images, dim=1)
+
+
+def fused(embeddings: Tensor, labels: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+    result = recall_at_k_with_gradient(
+        embeddings, labels, ks=KS, rank_temperature=RANK_TEMPERATURE, definition="released", mixing=mixing
+    )
+    assert result.gradient is not None
+    return result.loss, result.gradient
+
+
+def loop(embeddings: Tensor, labels: Tensor, mixing: Tensor | None, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of the loss that some queries have, and its gradient."""
+    leaf = embeddings.clone().requires_grad_()
+    samples = leaf
+    if mixing is not None:
+        first, second = mixing_pairs(labels).unbind(1)
+        samples = torch.cat([leaf, mixing[:, None] * leaf[first] + (1 - mixing[:, None]) * leaf[second]])
+        labels = torch.cat([labels, labels[first]])
+    loss = torch.zeros(())
+    for query in queries.tolist():
+        similarities = (samples * samples[query]).sum(1)
+        members = (labels == labels[query]).nonzero().squeeze(1)
+        is_other = torch.ones(len(members), len(samples))
+        is_other[torch.arange(len(members)), members] = 0
+        ranks = 1 + (soft_step(similarities - similarities[members, None], RANK_TEMPERATURE) * is_other).sum(1)
+        recalls = [
+            (soft_step(k - ranks, 1.0) * (members != query)).sum().clamp(max=k) / min(k, len(members) - 1) for k in KS
+        ]
+        loss = loss + (1 - torch.stack(recalls).mean()) / len(samples)
+    loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def soft_step(difference: Tensor, temperature: float) -> Tensor:
+    return 1 / (1 + torch.exp(torch.clamp(-difference / temperature, min=-50, max=50)))
+
+
+def largest_difference() -> str:
+    labels = torch.arange(128) // 4
+    embeddings = make_embeddings(labels, 64, "early").double()
+    mixing = mixing_coefficients(labels, seed=0, step=0).double()
+    expected = loop(embeddings, labels, mixing, torch.arange(len(labels) + len(mixing)))
+    actual = fused(embeddings, labels, mixing)
+    loss, gradient = (float((one - other).abs().max()) for one, other in zip(actual, expected, strict=True))
+    return f"At batch 128 in float64 the two differ by {loss:.0e} in loss, {gradient:.0e} in gradient."
+
+
+def resident_megabytes(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def processor() -> str:
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return models[0].split(":")[1].strip() if models else platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "none yet"
+
+
+if __name__ == "__main__":
+    main()

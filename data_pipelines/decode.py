@@ -1,0 +1,192 @@
+"""Picture bytes -> RGB as a viewer shows it, or a DecodeError with a reason. Imports no torch."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Annotated, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, PositiveInt
+
+from lookalike.errors import DecodeError
+from lookalike.settings import Settings
+
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE_OF_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FIRST_BYTES: dict[ImageFormat, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+_SIXTEEN_BIT_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+
+
+class DecodeLimits(Settings):
+    """What a picture may be; compared with its header before any pixel is decoded."""
+
+    max_pixels: PositiveInt = 50_000_000
+    """Width times height."""
+    max_side: PositiveInt = 30_000
+    """Longer side, in pixels."""
+    min_side: PositiveInt = 1
+    """Shorter side, in pixels."""
+    max_bytes: PositiveInt = 256 << 20
+    """Size of the encoded picture."""
+    formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1)] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    """Formats that are opened at all."""
+
+
+_DEFAULT_LIMITS = DecodeLimits()
+
+
+def decode_image(data: bytes, *, limits: DecodeLimits = _DEFAULT_LIMITS) -> Image.Image:
+    """Decodes to mode RGB: upright, 8 bits a channel, transparency on white, the first frame of an animation.
+
+    Raises:
+        DecodeError: for anything that is not a whole picture within `limits`; never another error, never a warning.
+    """
+    return decode_with_format(data, limits=limits)[0]
+
+
+def decode_with_format(data: bytes, *, limits: DecodeLimits = _DEFAULT_LIMITS) -> tuple[Image.Image, ImageFormat]:
+    """Like `decode_image`, and says which format the bytes are in, whatever the file was called."""
+    with _without_pillow_warnings():
+        image, image_format = _open(data, limits)
+        try:
+            image.load()
+            return _as_rgb(_upright(image)), image_format
+        except DecodeError:
+            raise
+        except Exception as error:
+            # Pillow's codecs raise anything from OSError to struct.error on damaged data.
+            raise DecodeError("truncated", f"the picture ends early or is damaged: {_text_of(error)}") from error
+
+
+def _open(data: bytes, limits: DecodeLimits) -> tuple[Image.Image, ImageFormat]:
+    """Parses the header only."""
+    if not data:
+        raise DecodeError("empty", "the picture has no bytes")
+    if len(data) > limits.max_bytes:
+        raise DecodeError("absurd_size", f"the picture has {len(data)} bytes, {limits.max_bytes} are allowed")
+    announced = _announced_format(data)
+    if announced is None or announced not in limits.formats:
+        raise _not_accepted(data, limits)
+    try:
+        image = Image.open(BytesIO(data), formats=[announced])
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too_many_pixels", _text_of(error)) from error
+    except Exception as error:
+        message = f"the picture starts as {announced}, but ends early or is damaged: {_text_of(error)}"
+        raise DecodeError("truncated", message) from error
+    _check_size(image, limits)
+    return image, announced
+
+
+def _announced_format(data: bytes) -> ImageFormat | None:
+    """The allowed format that the first bytes promise: one parser sees the data, not six."""
+    for image_format, starts in _FIRST_BYTES.items():
+        if data.startswith(starts) and (image_format != "WEBP" or data[8:12] == b"WEBP"):
+            return image_format
+    return None
+
+
+def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
+    width, height = image.size
+    if max(width, height) > limits.max_side or min(width, height) < limits.min_side:
+        allowed = f"{limits.min_side} to {limits.max_side} pixels a side are allowed"
+        raise DecodeError("absurd_size", f"the picture is {width} x {height}, {allowed}")
+    if width * height > limits.max_pixels:
+        raise DecodeError("too_many_pixels", f"the picture is {width} x {height}, {limits.max_pixels} are allowed")
+
+
+def _not_accepted(data: bytes, limits: DecodeLimits) -> DecodeError:
+    """Tells a known format that is not allowed from bytes that are no picture at all."""
+    try:
+        found = Image.open(BytesIO(data)).format
+    except Exception:
+        return DecodeError("not_an_image", "the bytes are no picture in a known format")
+    return DecodeError("format_not_allowed", f"the picture is {found}; allowed are {', '.join(limits.formats)}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:
+        # Damaged metadata around a whole picture: viewers show it as it lies.
+        return image
+    transpose = _TRANSPOSE_OF_ORIENTATION.get(orientation)
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _from_sixteen_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise _without_range()
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise DecodeError("format_not_allowed", f"pixels of kind {image.mode} cannot be shown as RGB") from None
+
+
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+    """Scales 0..65535 to 0..255; Pillow's own conversion would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65_535:
+        raise _without_range()
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _without_range() -> DecodeError:
+    return DecodeError("format_not_allowed", "32-bit pixels have no agreed range that could be shown as RGB")
+
+
+class _PillowWarnings:
+    """How many decoders run now; the filter is set by the first and reset by the last, so threads do not undo it."""
+
+    lock = threading.Lock()
+    num_decoders = 0
+    filters = warnings.catch_warnings()
+
+
+@contextmanager
+def _without_pillow_warnings() -> Iterator[None]:
+    """Pillow warns about damaged metadata and large pictures; what matters of that is a DecodeError here."""
+    state = _PillowWarnings
+    with state.lock:
+        if state.num_decoders == 0:
+            state.filters = warnings.catch_warnings()
+            state.filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        state.num_decoders += 1
+    try:
+        yield
+    finally:
+        with state.lock:
+            state.num_decoders -= 1
+            if state.num_decoders == 0:
+                state.filters.__exit__(None, None, None)
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) or type(error).__name__

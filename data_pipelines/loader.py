@@ -1,0 +1,279 @@
+"""Batches of pixels: class-balanced ones for training, every sample once for embedding."""
+
+import multiprocessing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.context import BaseContext
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipelines.class_balanced_batches import rank_share
+from data_pipelines.decode import DecodeLimits, decode_image
+from data_pipelines.shard_reader import read_shard
+from data_pipelines.shard_set import ShardSet
+from lookalike.errors import DataError, DecodeError, LookalikeError, ResourceError
+from lookalike.world import World
+
+_STEPS_AHEAD_PER_WORKER = 2
+
+
+@runtime_checkable
+class BatchPlan(Protocol):
+    def rows_of_step(self, step: int) -> Int64[ndarray, "batch"]:
+        """The global batch of a step."""
+        ...
+
+
+@runtime_checkable
+class SeededTransform(Protocol):
+    def __call__(self, image: Image.Image, *, seed: int) -> UInt8[ndarray, "3 size size"]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a training step."""
+
+    step: int
+    rows: Int64[Tensor, "batch"]  # of the shard set
+    pixels: UInt8[Tensor, "batch 3 size size"]
+    labels: Int64[Tensor, "batch"]
+    augmentation_seeds: Int64[Tensor, "batch"]  # what each picture's random choices came from
+
+
+class SkippedSample(NamedTuple):
+    row: int
+    reason: str  # of the DecodeError
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationBatch:
+    """Consecutive samples of a shard; skipped ones have no pixels and shift nothing."""
+
+    rows: Int64[Tensor, "batch"]
+    pixels: UInt8[Tensor, "batch 3 size size"]
+    skipped: tuple[SkippedSample, ...]
+
+
+def training_batches(
+    shard_set: ShardSet,
+    plan: BatchPlan,
+    transform: SeededTransform,
+    *,
+    world: World,
+    seed: int,
+    steps: range,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """Yields this rank's batch of each step, in order; the result depends on no other step and on no worker count.
+
+    Each worker process makes whole steps, two ahead, so up to 2 * num_workers batches wait in shared memory. Without
+    workers one thread works one step ahead. Close the iterator, or exhaust it, to end them.
+
+    Raises:
+        DataError: a picture cannot be decoded; the message names its key.
+        ResourceError: a worker process was killed.
+    """
+    dataset = _TrainingSteps(shard_set, plan, transform, world, seed)
+    made = _made_by_workers(dataset, steps, num_workers) if num_workers else _made_by_thread(dataset, steps)
+    try:
+        for batch in made:
+            if isinstance(batch, _Failure):
+                raise batch.kind(batch.message)
+            yield batch
+    finally:
+        made.close()
+
+
+def evaluation_batches(
+    shard_set: ShardSet,
+    shard_name: str,
+    transform: Callable[[Image.Image], UInt8[ndarray, "3 size size"]],
+    *,
+    batch_size: int,
+    num_threads: int = 1,
+) -> Iterator[EvaluationBatch]:
+    """Streams a shard in row order, every sample once: with pixels, or named as skipped.
+
+    The threads decode the next batch while the caller works on one.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    if batch_size < 1 or num_threads < 1:
+        raise ValueError(f"batch_size ({batch_size}) and num_threads ({num_threads}) must be at least 1")
+    limits = shard_set.decode_limits
+    samples = read_shard(shard_set, shard_name)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    ahead: list[tuple[int, Future[_Outcome]]] = []
+    try:
+        while True:
+            chunk = list(islice(samples, batch_size))
+            current, ahead = (
+                ahead,
+                [(row, pool.submit(_pixels_or_reason, data, transform, limits)) for row, data in chunk],
+            )
+            if current:
+                yield _evaluation_batch((row, future.result()) for row, future in current)
+            if not ahead:
+                return
+    finally:
+        pool.shutdown(cancel_futures=True)
+        samples.close()
+
+
+_Outcome = UInt8[ndarray, "3 size size"] | str
+
+
+def _pixels_or_reason(
+    data: bytes, transform: Callable[[Image.Image], UInt8[ndarray, "3 size size"]], limits: DecodeLimits
+) -> _Outcome:
+    try:
+        return transform(decode_image(data, limits=limits))
+    except DecodeError as error:
+        return error.reason
+
+
+def _evaluation_batch(outcomes: Iterable[tuple[int, _Outcome]]) -> EvaluationBatch:
+    rows, pixels, skipped = [], [], []
+    for row, outcome in outcomes:
+        if isinstance(outcome, str):
+            skipped.append(SkippedSample(row, outcome))
+        else:
+            rows.append(row)
+            pixels.append(outcome)
+    stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), dtype=np.uint8)
+    return EvaluationBatch(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(stacked), tuple(skipped))
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A known error on its way out of a worker: torch would wrap it in the text of a traceback."""
+
+    kind: type[LookalikeError]
+    message: str
+
+
+class _TrainingSteps(Dataset[Batch | _Failure]):
+    """Step number -> this rank's batch. What a worker process receives."""
+
+    def __init__(
+        self, shard_set: ShardSet, plan: BatchPlan, transform: SeededTransform, world: World, seed: int
+    ) -> None:
+        self.shard_set = shard_set
+        self.plan = plan
+        self.transform = transform
+        self.world = world
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> Batch | _Failure:
+        try:
+            return self._batch(step)
+        except LookalikeError as error:
+            return _Failure(type(error), str(error))
+
+    def _batch(self, step: int) -> Batch:
+        global_rows = self.plan.rows_of_step(step)
+        rows = rank_share(global_rows, self.world)
+        # Of the global batch, so a picture's augmentation does not depend on the world either.
+        seeds = rank_share(augmentation_seeds(self.seed, step, global_rows), self.world)
+        return Batch(
+            step=step,
+            rows=torch.from_numpy(rows.copy()),
+            pixels=torch.from_numpy(self._pixels(rows, seeds)),
+            labels=torch.from_numpy(self.shard_set.labels[rows]),
+            augmentation_seeds=torch.from_numpy(seeds.copy()),
+        )
+
+    def _pixels(
+        self, rows: Int64[ndarray, "batch"], seeds: Int64[ndarray, "batch"]
+    ) -> UInt8[ndarray, "batch 3 size size"]:
+        limits = self.shard_set.decode_limits
+        pixels = np.empty((0, 3, 0, 0), dtype=np.uint8)
+        for position, (row, seed) in enumerate(zip(rows.tolist(), seeds.tolist(), strict=True)):
+            try:
+                image = decode_image(self.shard_set.read_bytes(row), limits=limits)
+            except DecodeError as error:
+                raise DataError(
+                    f"sample {self.shard_set.key(row)!r} (row {row} of {self.shard_set.folder}) cannot be decoded: "
+                    f"{error}. Check the shard set."
+                ) from error
+            picture = self.transform(image, seed=seed)
+            if position == 0:
+                # One buffer that is filled in place: a list of pictures to stack would double a large batch.
+                pixels = np.empty((len(rows), *picture.shape), dtype=np.uint8)
+            pixels[position] = picture
+        return pixels
+
+
+def augmentation_seeds(seed: int, step: int, rows: Int64[ndarray, "batch"]) -> Int64[ndarray, "batch"]:
+    """A seed for each picture of a global batch: a hash of seed, step, position and row, at least 0.
+
+    The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", fig. 17).
+    """
+    state = np.zeros(len(rows), dtype=np.uint64)
+    for value in (np.full_like(rows, seed), np.full_like(rows, step), np.arange(len(rows)), rows):
+        state = (state ^ value.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return (state >> np.uint64(1)).astype(np.int64)
+
+
+def _made_by_thread(dataset: _TrainingSteps, steps: Sequence[int]) -> Generator[Batch | _Failure, None, None]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    ahead: Future[Batch | _Failure] | None = None
+    try:
+        for step in steps:
+            current, ahead = ahead, pool.submit(dataset.__getitem__, step)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _made_by_workers(
+    dataset: _TrainingSteps, steps: range, num_workers: int
+) -> Generator[Batch | _Failure, None, None]:
+    if not steps:
+        return
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=min(num_workers, len(steps)),
+        prefetch_factor=_STEPS_AHEAD_PER_WORKER,
+        multiprocessing_context=_worker_context(),
+        # Its own, or else starting workers would draw from the generator that dropout draws from.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            f"a worker process ended: {error}. Memory or shared memory (/dev/shm) may be full: use fewer workers or "
+            "smaller batches."
+        ) from error
+    finally:
+        # Dropping the iterator ends its workers.
+        del batches
+
+
+def _worker_context() -> BaseContext:
+    """Forking a process that has run autograd can hang; a server that has only imported torch forks safely."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "data_pipelines.loader"])
+    return context

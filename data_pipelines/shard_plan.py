@@ -1,0 +1,97 @@
+"""Which pictures go into which shard: a pure function of the source's list, the files' sizes and the settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from data_pipelines.settings import ShardSettings
+from data_pipelines.sources import PictureSource, SourcePicture
+from lookalike.artifacts import fingerprint
+from lookalike.errors import DataError
+from lookalike.settings import dump_settings
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One tar to write; holds one split only, its pictures in the order of their keys."""
+
+    name: str
+    split: str
+    pictures: tuple[SourcePicture, ...]
+    labels: tuple[int, ...]  # class index of each picture, -1 for none
+    num_bytes: int  # of the source's files
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    shards: tuple[PlannedShard, ...]
+    class_names: tuple[str, ...]  # in the order of the class index
+    fingerprint: str  # of everything that the shards' bytes depend on
+
+    @property
+    def num_pictures(self) -> int:
+        return sum(len(shard.pictures) for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+
+def plan_shards(source: PictureSource, settings: ShardSettings) -> ShardPlan:
+    """Lists the source, looks up the size of each file, reads none.
+
+    Raises:
+        DataError: the source refuses its files, or one of them vanished.
+    """
+    pictures = sorted(source.pictures(), key=lambda picture: (picture.split, picture.key))
+    class_names = _ordered_classes({picture.label for picture in pictures if picture.label is not None})
+    index_of_class = {name: index for index, name in enumerate(class_names)}
+    shards: list[PlannedShard] = []
+    identity: list[Any] = [shard_identity(settings)]
+    for split, group in groupby(pictures, key=lambda picture: picture.split):
+        sized = []
+        for picture in group:
+            num_bytes, changed = _size_and_change_time(picture)
+            sized.append((picture, num_bytes))
+            identity.append([picture.key, picture.label, picture.coarse_label, split, num_bytes, changed])
+        for number, (part, num_bytes) in enumerate(_cut(sized, settings.max_shard_bytes)):
+            labels = tuple(-1 if picture.label is None else index_of_class[picture.label] for picture in part)
+            shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, tuple(part), labels, num_bytes))
+    return ShardPlan(tuple(shards), tuple(class_names), fingerprint(identity))
+
+
+def shard_identity(settings: ShardSettings) -> dict[str, Any]:
+    """The settings that change the shards' bytes."""
+    tree = dump_settings(settings)
+    del tree["max_quarantine_share"]
+    return tree
+
+
+def _cut(sized: Sequence[tuple[SourcePicture, int]], max_bytes: int) -> list[tuple[list[SourcePicture], int]]:
+    """Fills one shard after the other; a picture larger than a shard gets one of its own."""
+    parts: list[tuple[list[SourcePicture], int]] = []
+    part: list[SourcePicture] = []
+    total = 0
+    for picture, num_bytes in sized:
+        if part and total + num_bytes > max_bytes:
+            parts.append((part, total))
+            part, total = [], 0
+        part.append(picture)
+        total += num_bytes
+    return [*parts, (part, total)]
+
+
+def _ordered_classes(names: set[str]) -> list[str]:
+    """By number where all names are numbers, else by name."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _size_and_change_time(picture: SourcePicture) -> tuple[int, int]:
+    try:
+        status = picture.path.stat()
+    except OSError as error:
+        raise DataError(f"{picture.path} cannot be read: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns

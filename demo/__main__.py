@@ -1,0 +1,59 @@
+"""`lookalike demo`: the whole chain on real pictures."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookalike.console import new_app, print_result, run_command
+
+app = new_app("The whole chain on real pictures.")
+
+
+@app.command()
+def demo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value of the training recipe.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Your own pictures: one folder per class, or a flat folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where everything goes; demo_run, or demo_run_NAME.")] = None,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the search page at the end.")] = True,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Pictures -> shards -> training -> embeddings -> index -> report -> search page.
+
+    Without --images: emoji drawn by six vendors, trained on half of the things drawn, searched among the other half.
+    Interrupt it at any point; the same command continues.
+    """
+    from demo.chain import emoji_demo, own_pictures_demo
+
+    started = time.monotonic()
+    folder = out or Path("demo_run" if images is None else f"demo_run_{images.resolve().name}")
+    if images is None:
+        result = emoji_demo(folder, overrides=overrides or [])
+    else:
+        result = own_pictures_demo(images, folder, overrides=overrides or [])
+    numbers = {
+        "index": str(result.index),
+        "report": str(result.report) if result.report else None,
+        "seconds": round(time.monotonic() - started, 1),
+        "evaluation": result.summary,
+    }
+    print_result(numbers, as_json=as_json, lines=lambda: [*result.lines, f"{numbers['seconds']} seconds in all"])
+    if serve:
+        from serving.server import serve as serve_index
+        from serving.settings import ServingSettings
+
+        serve_index(ServingSettings(index=result.index, host=host, port=port))
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike demo") -> None:
+    run_command(app, arguments, program=program)
+
+
+if __name__ == "__main__":
+    main()

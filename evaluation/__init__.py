@@ -1,0 +1,1 @@
+"""Rankings -> the numbers of the benchmarks, with their uncertainty and their pictures."""

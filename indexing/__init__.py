@@ -1,0 +1,1 @@
+"""Checkpoint + shards -> embeddings -> searchable FAISS index."""

@@ -1,0 +1,174 @@
+"""Shards -> embedding set, block by block: each rank takes shards, a rerun continues, the result is the same."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from numpy import ndarray
+
+from data_pipelines.loader import evaluation_batches
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.transforms import EvaluationTransform
+from indexing.embedding_set import (
+    EMBEDDING_SET_KIND,
+    EMBEDDING_SET_VERSION,
+    ENCODER_FOLDER,
+    EmbeddingSet,
+    SkippedPicture,
+    block_is_written,
+    gather_ledger,
+    write_block,
+)
+from indexing.settings import EmbedSettings
+from lookalike.artifacts import Manifest, link_or_copy, publishing, write_manifest, write_text_atomically
+from lookalike.collectives import barrier
+from lookalike.encoder import Encoder, embed_pixels, write_encoder
+from lookalike.errors import ArtifactError, DataError
+from lookalike.progress import Progress
+from lookalike.settings import dump_settings
+from lookalike.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def embed_shards(
+    encoder: Encoder,
+    shard_set: ShardSet,
+    folder: Path,
+    *,
+    split: str | None = None,
+    settings: EmbedSettings = EmbedSettings(),
+    world: World = World(),
+) -> EmbeddingSet:
+    """Embeds every picture of `split` (all where None) and publishes the embedding set at `folder`.
+
+    Finished blocks wait in `<folder>.partial`; a rerun with the same encoder, shards and settings goes on from them.
+    Vectors and their order do not depend on the number of ranks, since a batch never crosses a shard.
+
+    Raises:
+        DataError: the split has no pictures, or none can be decoded.
+        ArtifactError: `folder` holds an embedding set made from something else.
+    """
+    parents = {"shards": shard_set.fingerprint, "encoder": encoder.fingerprint}
+    identity = embedding_identity(encoder, shard_set, split=split, settings=settings)
+    if folder.exists():
+        return _reuse(folder, identity)
+    names = _shards_of_split(shard_set, split)
+    staging = folder.with_name(f"{folder.name}.partial")
+    if world.is_first:
+        _prepare_staging(staging, identity=identity)
+    barrier(world)
+    own = [name for name in names[world.rank :: world.size] if not block_is_written(staging, name)]
+    transform = EvaluationTransform(encoder.settings.input)
+    keys = shard_set.samples["key"]
+    num_pictures = Counter(shard_set.samples["shard"].to_pylist())
+    with Progress(sum(num_pictures[name] for name in own), description="embedding", unit="pictures") as progress:
+        for name in own:
+            vectors, ids, skipped = _embed_shard(encoder, shard_set, name, transform, settings, progress)
+            ledger = [SkippedPicture(row, keys[row].as_py(), reason) for row, reason in skipped]
+            write_block(staging, name, vectors, ids, [keys[int(row)].as_py() for row in ids], ledger)
+    barrier(world)
+    if world.is_first:
+        details = {
+            "dim": encoder.dim,
+            "split": split,
+            "encoder_fingerprint": encoder.fingerprint,
+            "transform_fingerprint": encoder.settings.input.fingerprint,
+            "shards_folder": str(shard_set.folder.resolve()),
+        }
+        manifest = Manifest(EMBEDDING_SET_KIND, EMBEDDING_SET_VERSION, parents, details, dump_settings(settings))
+        _publish(staging, folder, encoder, names, manifest)
+    barrier(world)
+    return EmbeddingSet.open(folder)
+
+
+def embedding_identity(
+    encoder: Encoder, shard_set: ShardSet, *, split: str | None, settings: EmbedSettings
+) -> dict[str, object]:
+    """All that decides the vectors: what a rerun must share with the run that it continues."""
+    parents = {"shards": shard_set.fingerprint, "encoder": encoder.fingerprint}
+    return {**parents, "split": split, **dump_settings(settings)}
+
+
+def _embed_shard(
+    encoder: Encoder,
+    shard_set: ShardSet,
+    name: str,
+    transform: EvaluationTransform,
+    settings: EmbedSettings,
+    progress: Progress,
+) -> tuple[ndarray, Int64[ndarray, "vectors"], list[tuple[int, str]]]:
+    vectors: list[Float32[ndarray, "batch dim"]] = []
+    ids: list[Int64[ndarray, "batch"]] = []
+    skipped: list[tuple[int, str]] = []
+    for batch in evaluation_batches(shard_set, name, transform, batch_size=settings.batch_size):
+        skipped.extend(batch.skipped)
+        if len(batch.rows):
+            vectors.append(embed_pixels(encoder, torch.as_tensor(batch.pixels)).numpy())
+            ids.append(np.asarray(batch.rows, np.int64))
+        progress.advance(len(batch.rows) + len(batch.skipped))
+    if not ids:
+        return np.zeros((0, encoder.dim), settings.storage), np.zeros(0, np.int64), skipped
+    return np.concatenate(vectors).astype(settings.storage), np.concatenate(ids), skipped
+
+
+def _shards_of_split(shard_set: ShardSet, split: str | None) -> list[str]:
+    rows = shard_set.rows(split)
+    if not len(rows):
+        splits = sorted(set(shard_set.samples["split"].to_pylist()))
+        raise DataError(f"{shard_set.folder} has no pictures in split {split!r}; its splits are {splits}.")
+    shards = shard_set.samples["shard"]
+    return sorted({shards[int(row)].as_py() for row in rows})
+
+
+def _prepare_staging(staging: Path, *, identity: dict[str, object]) -> None:
+    marker = staging / "identity.json"
+    text = json.dumps(identity, sort_keys=True)
+    if marker.exists() and marker.read_text(encoding="utf-8") == text:
+        logger.info("continuing the embedding set begun in %s", staging)
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write_text_atomically(marker, text)
+
+
+def _publish(staging: Path, folder: Path, encoder: Encoder, names: list[str], manifest: Manifest) -> None:
+    with publishing(folder) as temporary:
+        # Copied by hard link: a publication that fails leaves the staging folder whole.
+        shutil.copytree(staging / "blocks", temporary / "blocks", copy_function=_link)
+        num_skipped = gather_ledger(temporary, names)
+        (temporary / ENCODER_FOLDER).mkdir()
+        write_encoder(encoder, temporary / ENCODER_FOLDER)
+        num_vectors = sum(
+            np.load(temporary / "blocks" / f"{name}.npy", mmap_mode="r").shape[0] for name in names
+        )
+        if num_vectors == 0:
+            raise DataError(f"none of the {num_skipped} pictures could be embedded; see {staging}.")
+        details = {**manifest.details, "blocks": names, "num_vectors": num_vectors, "num_skipped": num_skipped}
+        write_manifest(
+            temporary,
+            Manifest(manifest.kind, manifest.format_version, manifest.parents, details, manifest.settings),
+        )
+    shutil.rmtree(staging)
+
+
+def _link(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))
+
+
+def _reuse(folder: Path, identity: dict[str, object]) -> EmbeddingSet:
+    existing = EmbeddingSet.open(folder)
+    manifest = existing.manifest
+    found = {**manifest.parents, "split": manifest.details["split"], **manifest.settings}
+    if found != identity:
+        different = [name for name in identity if found.get(name) != identity[name]]
+        raise ArtifactError(
+            f"{folder} was made with another {', '.join(different)}. Remove it, or choose another folder."
+        )
+    logger.info("%s is up to date", folder)
+    return existing

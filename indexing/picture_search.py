@@ -1,0 +1,48 @@
+"""Picture files -> hits with their metadata: what `lookalike search` prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipelines.decode import decode_image
+from data_pipelines.transforms import EvaluationTransform
+from indexing.published_index import PublishedIndex
+from lookalike.encoder import embed_pixels
+from lookalike.errors import DataError, DecodeError
+from lookalike.records import SearchParameters
+
+
+def search_with_pictures(
+    index: PublishedIndex, pictures: Sequence[Path], parameters: SearchParameters
+) -> list[dict[str, Any]]:
+    """One answer per picture: `{"picture", "hits": [{"id", "score", "key", "class_name", ...}]}`.
+
+    Raises:
+        DataError: a file cannot be read or is not a picture; the message names it.
+    """
+    encoder = index.load_encoder()
+    transform = EvaluationTransform(encoder.settings.input)
+    pixels = np.stack([transform(_decode(path)) for path in pictures])
+    hits = index.search(embed_pixels(encoder, torch.from_numpy(pixels)).numpy(), parameters)
+    answers = []
+    for picture, ids, scores in zip(pictures, hits.ids, hits.scores, strict=True):
+        found = ids >= 0
+        metadata = index.metadata_of(ids[found])
+        entries = [
+            {"id": int(identifier), "score": round(float(score), 6), **row}
+            for identifier, score, row in zip(ids[found], scores[found], metadata, strict=True)
+        ]
+        answers.append({"picture": str(picture), "hits": entries})
+    return answers
+
+
+def _decode(path: Path) -> Any:
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except DecodeError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -1,0 +1,121 @@
+"""A published index: a folder of immutable versions and `CURRENT`, the name of the live one."""
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jaxtyping import Float32, Int64
+from numpy import ndarray
+
+from indexing.faiss_index import FaissSearcher
+from lookalike.artifacts import Manifest, read_manifest, verify_files, write_text_atomically
+from lookalike.encoder import Encoder, load_encoder
+from lookalike.errors import ArtifactError, ManifestMismatch
+from lookalike.records import SearchHits, SearchParameters
+
+INDEX_KIND = "index"
+INDEX_VERSION = 1
+FAISS_NAME = "index.faiss"
+METADATA_NAME = "metadata.arrow"
+METADATA_COLUMNS = ["key", "class_name", "label", "split", "width", "height"]
+_CURRENT_NAME = "CURRENT"
+_VERSION_NAME = re.compile(r"v\d{4,}")
+
+
+class PublishedIndex:
+    """One version, opened for reading; safe to use from many threads."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self.folder = folder / version
+        self.version = version
+        self.manifest: Manifest = read_manifest(self.folder, kind=INDEX_KIND, newest_version=INDEX_VERSION)
+        self._searcher = FaissSearcher.read(
+            self.folder / FAISS_NAME,
+            index_type=self.manifest.details["type"],
+            default_num_probes=self.manifest.details["default_num_probes"],
+        )
+        self._metadata = pa.ipc.open_file(pa.memory_map(str(self.folder / METADATA_NAME))).read_all()
+
+    @classmethod
+    def open(cls, folder: Path, *, version: str | None = None) -> "PublishedIndex":
+        """Opens `version`, or the current one.
+
+        Raises:
+            ArtifactError: there is no such index or version, or its files are damaged beyond reading.
+        """
+        return cls(folder, version or current_version(folder))
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def num_vectors(self) -> int:
+        return self._searcher.num_vectors
+
+    @property
+    def dim(self) -> int:
+        return self._searcher.dim
+
+    @property
+    def shards_folder(self) -> Path:
+        return Path(self.manifest.details["shards_folder"])
+
+    @cached_property
+    def ids(self) -> Int64[ndarray, "vectors"]:
+        """All ids in ascending order."""
+        return self._searcher.ids()
+
+    def search(self, queries: Float32[ndarray, "queries query_dim"], parameters: SearchParameters) -> SearchHits:
+        """See `FaissSearcher.search`."""
+        return self._searcher.search(queries, parameters)
+
+    def vectors_of(self, ids: Int64[ndarray, "n"]) -> Float32[ndarray, "n dim"]:
+        """The stored vectors of `ids`; KeyError for an id that is not in the index."""
+        return self._searcher.vectors_of(ids)
+
+    def metadata_of(self, ids: Int64[ndarray, "n"]) -> list[dict[str, Any]]:
+        """The metadata rows of `ids`; KeyError for an id outside the table."""
+        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self._metadata.num_rows):
+            raise KeyError(int(ids.min()) if ids.min() < 0 else int(ids.max()))
+        return list(self._metadata.take(pa.array(ids)).to_pylist())
+
+    def load_encoder(self) -> Encoder:
+        """The encoder that made the vectors; it travels inside the index.
+
+        Raises:
+            ManifestMismatch: the encoder in the folder is not the one the vectors were made with.
+        """
+        encoder = load_encoder(self.folder / "encoder")
+        expected = self.manifest.details["encoder_fingerprint"]
+        if encoder.fingerprint != expected:
+            raise ManifestMismatch(
+                f"index {self.folder} was built with encoder {expected[:12]}, "
+                f"its encoder folder holds {encoder.fingerprint[:12]}. Build the index again."
+            )
+        return encoder
+
+    def check(self) -> None:
+        """Raises ChecksumMismatch if any file differs from the manifest."""
+        verify_files(self.folder, self.manifest)
+
+
+def current_version(folder: Path) -> str:
+    try:
+        return (folder / _CURRENT_NAME).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(f"{folder} is not an index: it has no {_CURRENT_NAME} file.") from None
+
+
+def set_current_version(folder: Path, version: str) -> None:
+    write_text_atomically(folder / _CURRENT_NAME, version + "\n")
+
+
+def versions_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("v*") if _VERSION_NAME.fullmatch(path.name))
+
+
+def next_version(folder: Path) -> str:
+    return f"v{1 + max((int(name[1:]) for name in versions_of(folder)), default=0):04d}"

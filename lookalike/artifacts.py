@@ -1,0 +1,220 @@
+"""Artifacts: folders with a manifest, published by write-to-temporary + fsync + rename.
+
+A folder that exists under its final name is whole. `manifest.json` says what made it, what it was made from
+(the fingerprints of its parents) and the size and SHA-256 of each of its files.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lookalike.errors import ArtifactError, ChecksumMismatch, ManifestMismatch
+
+MANIFEST_NAME = "manifest.json"
+_TEMPORARY_PREFIX = ".unpublished-"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an artifact is. Its fingerprint covers content and parents, not the machine or the time."""
+
+    kind: str
+    format_version: int
+    parents: Mapping[str, str] = field(default_factory=dict)  # name -> fingerprint
+    details: Mapping[str, Any] = field(default_factory=dict)  # counts and facts that readers rely on
+    settings: Mapping[str, Any] = field(default_factory=dict)  # resolved settings of the maker
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> {bytes, sha256}
+    made_by: Mapping[str, str] = field(default_factory=dict)  # package, code and library versions
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(
+            {
+                "kind": self.kind,
+                "format_version": self.format_version,
+                "parents": dict(self.parents),
+                "details": dict(self.details),
+                "files": {name: entry["sha256"] for name, entry in self.files.items()},
+            }
+        )
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder`; on success it is made durable and renamed to `folder`.
+
+    On any error the temporary folder is removed and `folder` is as it was. Leftovers of killed processes are
+    cleared by the next publication of the same folder.
+
+    Raises:
+        ArtifactError: `folder` exists and `replace` is false.
+    """
+    if folder.exists() and not replace:
+        raise ArtifactError(f"{folder} exists already. Remove it, or choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f"{_TEMPORARY_PREFIX}{folder.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.parent / f"{_TEMPORARY_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            _fsync(path)
+        _fsync(temporary)
+        if folder.exists():
+            outgoing = temporary.with_name(temporary.name + "-outgoing")
+            folder.rename(outgoing)
+            temporary.rename(folder)
+            shutil.rmtree(outgoing)
+        else:
+            temporary.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Completes `manifest` with the checksums of all files now in `folder` and the versions in use, and writes it."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    complete = Manifest(**{**_fields(manifest), "files": files, "made_by": versions()})
+    text = json.dumps({**_fields(complete), "fingerprint": complete.fingerprint}, indent=2, sort_keys=True)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    return complete
+
+
+def read_manifest(folder: Path, *, kind: str, newest_version: int) -> Manifest:
+    """Reads and checks the manifest of an artifact of `kind` whose format is at most `newest_version`.
+
+    Raises:
+        ArtifactError: there is none, it is of another kind, from a newer program, or has been edited.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        stored_fingerprint = tree.pop("fingerprint")
+        manifest = Manifest(**tree)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is not a finished {kind}: it has no {MANIFEST_NAME}.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if manifest.kind != kind:
+        raise ArtifactError(f"{folder} holds a {manifest.kind}, expected a {kind}.")
+    if manifest.format_version > newest_version:
+        raise ArtifactError(
+            f"{folder} has {kind} format {manifest.format_version}, this version reads up to {newest_version}. "
+            "Upgrade lookalike."
+        )
+    if manifest.fingerprint != stored_fingerprint:
+        raise ChecksumMismatch(f"{path} was changed after it was written: its fingerprint does not match its content.")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compares every file with the manifest, byte by byte.
+
+    Raises:
+        ChecksumMismatch: a file is missing, has another size or other bytes; the message names it.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ChecksumMismatch(f"{path} is missing; its {manifest.kind} is incomplete. Make it again.")
+        if path.stat().st_size != entry["bytes"]:
+            raise ChecksumMismatch(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}.")
+        if file_sha256(path) != entry["sha256"]:
+            raise ChecksumMismatch(f"{path} differs from its manifest (SHA-256): the file was damaged or edited.")
+
+
+def require_parent(child: Path, manifest: Manifest, name: str, *, found: str, parent: Path) -> None:
+    """Refuses an artifact that was made from another parent than the one at hand.
+
+    Raises:
+        ManifestMismatch: names both folders and both fingerprints.
+    """
+    expected = manifest.parents.get(name)
+    if expected != found:
+        raise ManifestMismatch(
+            f"{child} was made from {name} {(expected or 'none')[:12]}, but {parent} is {found[:12]}. "
+            f"Make {child.name} again from this {name}, or give the {name} it was made from."
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives `target` the bytes of an immutable file: a hard link where the file system allows one, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replaces a small file as a whole: readers see the old text or the new one, also after a power cut."""
+    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that explain a result: our package, the checkout's commit, Python and the libraries that compute."""
+    found = {"python": platform.python_version(), "commit": _commit()}
+    for package in ("lookalike", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit of the checkout this code runs from, or "none" for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "none"
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return result.stdout.strip() or "none"
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    return asdict(manifest)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

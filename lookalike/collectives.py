@@ -1,0 +1,80 @@
+"""The only file that calls torch.distributed collectives. In a world of one every function is the identity."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as distributed
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from lookalike.world import World
+
+# Without it, workers restarted by torchrun read the addresses of the previous attempt and hang
+# (torch 2.13 with gloo or NCCL; pytorch issues 135712 and 167288). Remove once torch has its own cure.
+_RESTART_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """Joins the world's processes for the length of the block: NCCL where each has a GPU, gloo elsewhere."""
+    if world.size == 1:
+        yield
+        return
+    os.environ.setdefault(_RESTART_FIX, "1")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        distributed.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
+    else:
+        distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def all_gather_rows(rows: Shaped[Tensor, "rows *rest"], world: World) -> Shaped[Tensor, "all_rows *rest"]:
+    """Rows of all ranks in rank order; every rank must bring the same number. Carries no gradient."""
+    if world.size == 1:
+        return rows
+    gathered = rows.new_empty((world.size * rows.shape[0], *rows.shape[1:]))
+    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def reduce_scatter_rows(all_rows: Float[Tensor, "all_rows dim"], world: World) -> Float[Tensor, "rows dim"]:
+    """Sums `all_rows` over ranks and returns this rank's part of the rows."""
+    if world.size == 1:
+        return all_rows
+    own = all_rows.new_empty((all_rows.shape[0] // world.size, *all_rows.shape[1:]))
+    distributed.reduce_scatter_tensor(own, all_rows.contiguous())
+    return own
+
+
+def sum_over_ranks(tensors: Iterable[Tensor], world: World) -> None:
+    """Sums each tensor over ranks in place, all of them in one message per data type."""
+    if world.size == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_type.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        distributed.all_reduce(flat)
+        for tensor, summed in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def any_rank(flag: bool, world: World, *, device: torch.device) -> bool:
+    """True on every rank if `flag` is true on at least one."""
+    if world.size == 1:
+        return flag
+    votes = torch.tensor([float(flag)], device=device)
+    distributed.all_reduce(votes)
+    return bool(votes.item() > 0)
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        distributed.barrier()

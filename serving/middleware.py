@@ -1,0 +1,123 @@
+"""Around every request: an id, safe headers, an answer to unexpected errors, and an end to bodies that are too long.
+
+Plain ASGI, because Starlette's BaseHTTPMiddleware costs more than a whole search by vector.
+"""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.problems import Problem, problem_of, problem_response
+
+REQUEST_ID_HEADER = "X-Request-ID"
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob:",  # blob: shows the picture that a person just picked
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_SAFE_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+_CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+logger = logging.getLogger(__name__)
+
+
+class RequestEnvelope:
+    """Outermost: whatever happens inside, the answer has a request id, safe headers and the shape of a problem."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status: int | None = None
+
+        async def send_enveloped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_enveloped)
+        except ClientDisconnect:
+            logger.info("%s %s left before its answer, request %s", scope["method"], scope["path"], request_id)
+            return
+        except Exception as error:
+            problem = problem_of(error)
+            if problem.code == "server.error":
+                logger.exception("%s %s failed, request %s", scope["method"], scope["path"], request_id)
+            if status is not None:
+                raise
+            await problem_response(problem, request_id=request_id)(scope, receive, send_enveloped)
+        logger.log(
+            logging.DEBUG if status is not None and status < 400 else logging.INFO,
+            "%s %s %s in %.1f ms, request %s",
+            scope["method"],
+            scope["path"],
+            status,
+            1000 * (time.perf_counter() - started),
+            request_id,
+        )
+
+
+class BodyLimit:
+    """Refuses a body by its announced length, or as soon as more than `max_bytes` of it have come in."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_bytes:
+            raise self._too_large()
+        num_received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _too_large(self) -> Problem:
+        # Without the header the server would go on reading the rest of the body to keep the connection.
+        detail = f"the body is longer than {self._max_bytes} bytes"
+        return Problem("body.too_large", detail, headers={"Connection": "close"})
+
+
+def _request_id(given: str | None) -> str:
+    return given if given is not None and _CLIENT_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,171 @@
+"""The one shape of every error: RFC 9457 problem details, with a stable `code` and what to do next in `fix`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from lookalike.errors import DecodeError
+from serving.query_engine import PicturesUnavailableError, UnknownItemError, UnsearchableVectorError
+from serving.schemas import FieldError, ProblemDetails
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemKind:
+    status: int
+    fix: str
+
+
+# Clients branch on these codes: a code is never renamed, and never gets another status.
+PROBLEM_KINDS: Mapping[str, ProblemKind] = {
+    "request.malformed": ProblemKind(400, "Send well-formed JSON, or multipart/form-data with a boundary."),
+    "request.invalid": ProblemKind(422, "Correct the fields named in `errors`; /openapi.json describes each."),
+    "request.refused": ProblemKind(400, "See /openapi.json for what this server understands."),
+    "route.unknown": ProblemKind(404, "See /openapi.json for the routes of this server."),
+    "method.not_allowed": ProblemKind(405, "Use a method named in the Allow header."),
+    "body.too_large": ProblemKind(413, "Send a smaller picture; /v1/info tells the limit."),
+    "body.unsupported_type": ProblemKind(415, "Send multipart/form-data or application/json."),
+    "image.empty": ProblemKind(422, "Send the bytes of a picture."),
+    "image.not_an_image": ProblemKind(415, "Send a picture, such as a JPEG, PNG or WebP file."),
+    "image.format_not_allowed": ProblemKind(415, "Save the picture as JPEG, PNG or WebP and send that."),
+    "image.truncated": ProblemKind(422, "The file is incomplete: get it again from where it came from."),
+    "image.too_many_pixels": ProblemKind(413, "Scale the picture down; search needs far fewer pixels."),
+    "image.absurd_size": ProblemKind(422, "Send a picture of more ordinary proportions."),
+    "image.undecodable": ProblemKind(422, "Save the picture as JPEG, PNG or WebP and send that."),
+    "item.unknown": ProblemKind(404, "Take an id from a search of this index version, or from GET /v1/items."),
+    "pictures.unavailable": ProblemKind(404, "Start the server with --shards to show pictures."),
+    "vector.wrong_dim": ProblemKind(422, "Send a vector of the encoder that /v1/info names; it also tells the length."),
+    "vector.not_finite": ProblemKind(422, "Send finite numbers only."),
+    "vector.no_direction": ProblemKind(422, "Send a vector with at least one value other than zero."),
+    "server.not_ready": ProblemKind(503, "Try again shortly; /readyz tells when the server is ready."),
+    "server.error": ProblemKind(500, "Try again; if it persists, give the request id to the server's operator."),
+}
+
+
+class Problem(Exception):
+    """Ends a request with a problem response."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.errors, self.headers = code, detail, list(errors), dict(headers or {})
+        self.kind = PROBLEM_KINDS[code]
+
+
+def problem_response(problem: Problem, *, request_id: str) -> JSONResponse:
+    details = ProblemDetails(
+        title=HTTPStatus(problem.kind.status).phrase,
+        status=problem.kind.status,
+        detail=problem.detail,
+        code=problem.code,
+        fix=problem.kind.fix,
+        request_id=request_id,
+        errors=problem.errors or None,
+    )
+    return JSONResponse(
+        details.model_dump(exclude_none=True),
+        status_code=problem.kind.status,
+        headers=problem.headers,
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
+def invalid_field(field: str, message: str) -> Problem:
+    return Problem("request.invalid", f"{field}: {message}", errors=[FieldError(field=field, message=message)])
+
+
+def invalid_request(error: ValidationError | RequestValidationError) -> Problem:
+    """Names every refused field; the refused values themselves are not sent back."""
+    found = error.errors()
+    if any(entry["type"] == "json_invalid" for entry in found):
+        return Problem("request.malformed", f"the body is not JSON: {found[0]['msg']}")
+    errors = [FieldError(field=_field_name(entry["loc"]), message=entry["msg"]) for entry in found]
+    return Problem("request.invalid", "; ".join(f"{e.field}: {e.message}" for e in errors), errors=errors)
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a client is told about an error; unexpected ones tell nothing about the server's inside."""
+    match error:
+        case Problem():
+            return error
+        case RequestValidationError() | ValidationError():
+            return invalid_request(error)
+        case DecodeError(reason=reason):
+            code = f"image.{reason}"
+            return Problem(code if code in PROBLEM_KINDS else "image.undecodable", str(error))
+        case UnsearchableVectorError(reason=reason):
+            return Problem(f"vector.{reason}", str(error))
+        case UnknownItemError():
+            return Problem("item.unknown", str(error))
+        case PicturesUnavailableError():
+            return Problem("pictures.unavailable", str(error))
+        case HTTPException(status_code=404):
+            return Problem("route.unknown", "nothing is at this address")
+        case HTTPException(status_code=405, headers=headers):
+            return Problem("method.not_allowed", "this address does not take this method", headers=headers)
+        case HTTPException(detail=detail, headers=headers):
+            return Problem("request.refused", str(detail), headers=headers)
+    return Problem("server.error", "the server met an error it did not expect")
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Known errors become problems here; unexpected ones reach the outermost middleware, which logs them."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return problem_response(problem_of(error), request_id=request.state.request_id)
+
+    for kind in (
+        Problem,
+        RequestValidationError,
+        HTTPException,
+        DecodeError,
+        UnsearchableVectorError,
+        UnknownItemError,
+        PicturesUnavailableError,
+    ):
+        app.add_exception_handler(kind, answer)
+
+
+def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of a route that can end in these problems."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        status = PROBLEM_KINDS[code].status
+        content = {"schema": {"$ref": "#/components/schemas/ProblemDetails"}, "examples": {}}
+        entry = responses.setdefault(
+            status, {"description": HTTPStatus(status).phrase, "content": {PROBLEM_MEDIA_TYPE: content}}
+        )
+        entry["content"][PROBLEM_MEDIA_TYPE]["examples"][code] = {"value": _example(code)}
+    return responses
+
+
+def _example(code: str) -> dict[str, Any]:
+    kind = PROBLEM_KINDS[code]
+    return {
+        "title": HTTPStatus(kind.status).phrase,
+        "status": kind.status,
+        "detail": "what was wrong with this request",
+        "code": code,
+        "fix": kind.fix,
+        "request_id": "5f1c6c1d0e9b4c39a0f6d6a0b5a4c7e2",
+    }
+
+
+def _field_name(location: Sequence[Any]) -> str:
+    """`("query", "sample")` -> `sample`: clients know their fields, not where the framework looked."""
+    parts = [str(part) for part in location if part not in ("body", "query", "path", "header")]
+    return ".".join(parts) or "(request)"

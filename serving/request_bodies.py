@@ -1,0 +1,57 @@
+"""Search requests, whatever they are written in: JSON or a multipart form with a picture file."""
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from serving.problems import Problem, invalid_field, invalid_request
+from serving.schemas import SearchRequest
+from serving.settings import ServingLimits
+
+_MOST_FORM_FIELDS = 8
+
+
+async def read_search_request(request: Request, limits: ServingLimits) -> SearchRequest:
+    """Reads and checks the body.
+
+    Raises:
+        Problem: it is of another type, malformed, or a field is refused; every refused field is named.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        match media_type:
+            case "application/json":
+                query = SearchRequest.model_validate_json(await request.body(), strict=True)
+            case "multipart/form-data":
+                query = SearchRequest.model_validate(await _read_form(request, limits))
+            case _:
+                found = f"the body is {media_type}" if media_type else "the request has no Content-Type"
+                accepted = {"Accept-Post": "multipart/form-data, application/json"}
+                raise Problem("body.unsupported_type", found, headers=accepted)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    if query.k > limits.max_k:
+        raise invalid_field("k", f"this server gives at most {limits.max_k} hits, {query.k} were asked for")
+    return query
+
+
+async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str | bytes]:
+    parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=_MOST_FORM_FIELDS)
+    # Uploads stay in memory: by default Starlette writes what is longer than 1 MiB to a temporary file.
+    parser.spool_max_size = limits.max_body_bytes
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Problem("request.malformed", f"the form cannot be read: {error.message}") from error
+    fields: dict[str, str | bytes] = {}
+    for name, value in form.multi_items():
+        if name in fields:
+            raise invalid_field(name, "given twice")
+        if isinstance(value, UploadFile) != (name == "image"):
+            raise invalid_field(name, "must be a file" if name == "image" else "must not be a file")
+        fields[name] = await value.read() if isinstance(value, UploadFile) else value
+    await form.close()
+    if "image" not in fields:
+        raise invalid_field("image", "a form needs a picture file under this name")
+    return fields

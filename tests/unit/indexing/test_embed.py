@@ -1,0 +1,156 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.decode import decode_image
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.transforms import EvaluationTransform
+from indexing import embed as embed_module
+from indexing.embed import embed_shards
+from indexing.embedding_set import EmbeddingSet
+from indexing.settings import EmbedSettings
+from lookalike.encoder import Encoder, create_encoder, embed_pixels
+from lookalike.encoder_settings import EncoderSettings, InputSettings
+from lookalike.errors import ArtifactError, ChecksumMismatch, DataError
+from lookalike.world import World
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    settings = EncoderSettings(backbone="resnet10t", projection_dim=16, input=InputSettings(size=32))
+    return create_encoder(settings).eval()
+
+
+def slow_vectors(encoder: Encoder, shard_set: ShardSet, rows: np.ndarray) -> np.ndarray:
+    """The oracle: every picture on its own, by random access."""
+    transform = EvaluationTransform(encoder.settings.input)
+    pixels = [transform(decode_image(shard_set.read_bytes(int(row)))) for row in rows]
+    return np.concatenate([embed_pixels(encoder, torch.from_numpy(p)[None]).numpy() for p in pixels])
+
+
+def test_every_picture_of_the_split_is_embedded_under_its_own_id(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path
+) -> None:
+    embeddings = embed_shards(encoder, shard_set, tmp_path / "e", split="test", settings=EmbedSettings(batch_size=7))
+    rows = shard_set.rows("test")
+    assert sorted(embeddings.ids.tolist()) == rows.tolist()
+    expected = slow_vectors(encoder, shard_set, embeddings.ids)
+    np.testing.assert_allclose(embeddings.vectors(), expected, atol=1e-5)
+    assert embeddings.skipped == []
+    # Plain files that others can read.
+    block = sorted((tmp_path / "e" / "blocks").glob("*.npy"))[0]
+    assert np.load(block).shape[1] == 16
+    assert pq.read_table(block.with_suffix(".parquet")).column_names == ["id", "key"]
+
+
+def test_the_number_of_ranks_changes_nothing(encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    alone = embed_shards(encoder, shard_set, tmp_path / "alone")
+    monkeypatch.setattr(embed_module, "barrier", lambda world: None)
+    # Rank 1 of 2 first: it only fills blocks. Rank 0 finds them, adds its own and publishes.
+    staging = tmp_path / "both.partial"
+    embed_module._prepare_staging(staging, identity=_identity(encoder, shard_set))
+    with pytest.raises(ArtifactError, match="not a finished"):
+        embed_shards(encoder, shard_set, tmp_path / "both", world=World(1, 2))
+    both = embed_shards(encoder, shard_set, tmp_path / "both", world=World(0, 2))
+    assert both.fingerprint == alone.fingerprint
+    assert both.vectors().tobytes() == alone.vectors().tobytes()
+
+
+def _identity(encoder: Encoder, shard_set: ShardSet) -> dict[str, object]:
+    return embed_module.embedding_identity(encoder, shard_set, split=None, settings=EmbedSettings())
+
+
+def test_a_rerun_continues_and_ends_with_the_same_bytes(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = embed_shards(encoder, shard_set, tmp_path / "whole")
+    embedded: list[str] = []
+    original = embed_module._embed_shard
+
+    def embed_until_killed(encoder, shard_set, name, *rest):  # type: ignore[no-untyped-def]
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(name)
+        return original(encoder, shard_set, name, *rest)
+
+    monkeypatch.setattr(embed_module, "_embed_shard", embed_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed_shards(encoder, shard_set, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    first_part = list(embedded)
+    embedded[:] = ["", "", ""]  # never equal to 2 again
+    resumed = embed_shards(encoder, shard_set, tmp_path / "resumed")
+    assert resumed.fingerprint == whole.fingerprint
+    assert not set(first_part) & set(embedded[3:])
+    assert not (tmp_path / "resumed.partial").exists()
+
+
+def test_a_finished_set_is_reused_and_another_one_is_refused(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    monkeypatch.setattr(embed_module, "_embed_shard", None)  # would fail if anything were embedded again
+    assert embed_shards(encoder, shard_set, tmp_path / "e", split="test").fingerprint == first.fingerprint
+    with pytest.raises(ArtifactError, match="another split"):
+        embed_shards(encoder, shard_set, tmp_path / "e", split="train")
+
+
+def test_skipped_pictures_are_named_counted_and_shift_nothing(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that decoded when the shards were written fails now, as after a change of decoder."""
+    bad_row = int(shard_set.rows("test")[3])
+    bad_bytes = shard_set.read_bytes(bad_row)
+
+    def decode(data: bytes, **options: object) -> Image.Image:
+        from lookalike.errors import DecodeError
+
+        if data == bad_bytes:
+            raise DecodeError("truncated", "cut off")
+        return decode_image(data)
+
+    monkeypatch.setattr("data_pipelines.loader.decode_image", decode)
+    embeddings = embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    assert [(s.id, s.key, s.reason) for s in embeddings.skipped] == [
+        (bad_row, shard_set.samples["key"][bad_row].as_py(), "truncated")
+    ]
+    assert bad_row not in embeddings.ids
+    np.testing.assert_allclose(embeddings.vectors(), slow_vectors(encoder, shard_set, embeddings.ids), atol=1e-5)
+    assert embeddings.manifest.details["num_skipped"] == 1
+
+
+def test_half_precision_halves_the_file_and_reads_as_float32(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path
+) -> None:
+    full = embed_shards(encoder, shard_set, tmp_path / "full", split="test")
+    half = embed_shards(encoder, shard_set, tmp_path / "half", split="test", settings=EmbedSettings(storage="float16"))
+    assert half.vectors().dtype == np.float32
+    np.testing.assert_allclose(half.vectors(), full.vectors(), atol=1e-3)
+
+
+def test_an_empty_split_and_damaged_blocks_are_named(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"split 'validation'.*\['test', 'train'\]"):
+        embed_shards(encoder, shard_set, tmp_path / "e", split="validation")
+    embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    block = sorted((tmp_path / "e" / "blocks").glob("*.npy"))[0]
+    data = bytearray(block.read_bytes())
+    data[-1] ^= 1
+    block.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match=block.name):
+        EmbeddingSet.open(tmp_path / "e").check()
+
+
+def test_staging_of_another_encoder_is_thrown_away(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
+    staging = tmp_path / "e.partial"
+    (staging / "blocks").mkdir(parents=True)
+    (staging / "identity.json").write_text(json.dumps({"encoder": "another"}))
+    shutil.copy(Path(__file__), staging / "blocks" / "stale.npy")
+    embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    assert not (tmp_path / "e" / "blocks" / "stale.npy").exists()

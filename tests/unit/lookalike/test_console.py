@@ -1,0 +1,63 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lookalike.__main__ import VERBS, main
+from lookalike.world import World
+
+
+def lookalike(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lookalike", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0, verb
+        assert "Usage" in capsys.readouterr().out, verb
+
+
+def test_usage_and_unknown_verbs() -> None:
+    assert all(verb in lookalike("--help").stdout for verb in VERBS)
+    unknown = lookalike("trian")
+    assert unknown.returncode == 2
+    assert "no verb 'trian'" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("train", "missing.yaml"), 2, "does not exist"),
+        (("embed", "nowhere", "--out", "x"), 2, "either --encoder or --pretrained"),
+        (("index", "build", "--embeddings", "nowhere", "--out", "x"), 5, "not a finished embedding set"),
+        (("index", "describe", "nowhere"), 5, "not an index"),
+        (("search", "nowhere", "picture.png"), 5, "not an index"),
+        (("evaluate", "nowhere"), 5, "not a finished embedding set"),
+        (("evaluate", "nowhere", "--ks", "a"), 2, "not a list"),
+        (("data", "check", "nowhere"), 5, "nowhere"),
+    ],
+)
+def test_known_errors_are_one_line_and_an_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
+    result = lookalike(*arguments)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_doctor_finds_this_installation_sound() -> None:
+    result = lookalike("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert findings["import order"]["state"] == "ok"
+    assert findings["faiss"]["state"] == "ok"
+
+
+def test_the_world_comes_from_the_launcher() -> None:
+    assert World.detect({}) == World(0, 1, 0)
+    assert World.detect({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == World(3, 4, 1)
+    with pytest.raises(ValueError, match="outside"):
+        World(rank=2, size=2)

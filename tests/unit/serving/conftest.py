@@ -1,0 +1,25 @@
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serving.app import create_app
+from serving.query_engine import QueryEngine
+from serving.settings import ServingSettings
+from tests.unit.serving.small_index import SmallIndex, make_small_index
+
+
+@pytest.fixture(scope="session")
+def small_index(tmp_path_factory: pytest.TempPathFactory) -> SmallIndex:
+    return make_small_index(tmp_path_factory.mktemp("small_index"))
+
+
+@pytest.fixture(scope="session")
+def engine(small_index: SmallIndex) -> QueryEngine:
+    return QueryEngine.open(small_index.index)
+
+
+@pytest.fixture(scope="session")
+def client(engine: QueryEngine, small_index: SmallIndex) -> Iterator[TestClient]:
+    with TestClient(create_app(engine, ServingSettings(index=small_index.index))) as client:
+        yield client

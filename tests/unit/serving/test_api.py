@@ -1,0 +1,250 @@
+import asyncio
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from data_pipelines.decode import decode_image
+from data_pipelines.transforms import EvaluationTransform
+from lookalike.encoder import embed_pixels
+from lookalike.errors import ManifestMismatch
+from lookalike.exact_search import exact_search
+from lookalike.records import SearchHits
+from serving.app import create_app
+from serving.query_engine import QueryEngine
+from serving.settings import ServingSettings
+from tests.unit.serving.small_index import NUM_PICTURES, SmallIndex
+
+# Scores go through JSON as the shortest decimal of a float32; a vector scaled to unit length again moves its last bit.
+SCORE_TOLERANCE = 1e-6
+
+
+def found(answer: httpx2.Response) -> tuple[list[int], list[float]]:
+    assert answer.status_code == 200, answer.text
+    hits = answer.json()["hits"]
+    return [hit["id"] for hit in hits], [hit["score"] for hit in hits]
+
+
+def search(client: TestClient, **query: Any) -> tuple[list[int], list[float]]:
+    return found(client.post("/v1/search", json=query))
+
+
+def brute_force(engine: QueryEngine, vector: np.ndarray, *, k: int) -> SearchHits:
+    index = engine.index
+    return exact_search(vector[None], index.vectors_of(index.ids), index.ids, k=k)
+
+
+def embed(engine: QueryEngine, picture: bytes) -> np.ndarray:
+    encoder = engine.index.load_encoder()
+    pixels = EvaluationTransform(encoder.settings.input)(decode_image(picture))
+    return embed_pixels(encoder, torch.from_numpy(pixels)[None]).numpy()[0]
+
+
+def test_a_picture_finds_what_brute_force_finds(
+    client: TestClient, engine: QueryEngine, small_index: SmallIndex
+) -> None:
+    picture = (small_index.pictures / "ring" / "teal.png").read_bytes()
+    expected = brute_force(engine, embed(engine, picture), k=7)
+    for answer in (
+        client.post("/v1/search", files={"image": ("teal.png", picture)}, data={"k": 7}),
+        client.post("/v1/search", files={"image": ("teal.png", picture)}, data={"k": 7, "exact": "true"}),
+        client.post("/v1/search", json={"image": base64.b64encode(picture).decode(), "k": 7}),
+    ):
+        ids, scores = found(answer)
+        assert ids == expected.ids[0].tolist()
+        np.testing.assert_allclose(scores, expected.scores[0], atol=SCORE_TOLERANCE)
+    assert answer.json()["hits"][0]["key"] == "ring/teal"
+
+
+def test_an_answer_says_what_searched_and_how_long_each_stage_took(client: TestClient, small_index: SmallIndex) -> None:
+    with (small_index.pictures / "disc" / "gold.jpg").open("rb") as picture:
+        response = client.post("/v1/search", files={"image": picture})
+    answer, info = response.json(), client.get("/v1/info").json()
+    assert answer["index_version"] == info["index_version"] == "v0001"
+    assert answer["encoder_fingerprint"] == info["encoder_fingerprint"]
+    assert answer["request_id"] == response.headers["x-request-id"]
+    timings = answer["timings_ms"]
+    assert list(timings) == ["decode", "encode", "search", "metadata", "queue", "total"]
+    assert sum(timings.values()) == pytest.approx(2 * timings["total"], abs=0.01)  # rounded to microseconds
+    first = answer["hits"][0]
+    assert first | {"score": 1} == {
+        "id": first["id"],
+        "key": "disc/gold",
+        "class_name": "disc",
+        "width": 96,
+        "height": 96,
+        "image_url": f"/v1/items/{first['id']}/image?shards={first['image_url'][-12:]}",
+        "score": 1,
+    }
+
+
+def test_a_vector_finds_the_same_at_any_length(client: TestClient, engine: QueryEngine) -> None:
+    vector = np.random.default_rng(3).normal(size=engine.index.dim).astype(np.float32)
+    expected = brute_force(engine, vector / np.linalg.norm(vector), k=5)
+    # 1e-300 and 1e300 have squares that no float holds.
+    for scale in (1.0, 1e-300, 1e300):
+        ids, scores = search(client, vector=(vector.astype(np.float64) * scale).tolist(), k=5)
+        assert ids == expected.ids[0].tolist()
+        np.testing.assert_allclose(scores, expected.scores[0], atol=SCORE_TOLERANCE)
+
+
+def test_an_id_does_not_find_itself_unless_asked(client: TestClient, engine: QueryEngine) -> None:
+    expected = brute_force(engine, engine.index.vectors_of(np.array([9]))[0], k=6).ids[0].tolist()
+    assert search(client, id=9, k=6, include_self=True)[0] == expected
+    assert search(client, id=9, k=5)[0] == [id for id in expected if id != 9]
+
+
+def test_k_above_the_gallery_gives_all_of_it(client: TestClient) -> None:
+    ids, scores = search(client, id=0, k=500, include_self=True)
+    assert sorted(ids) == list(range(NUM_PICTURES))
+    assert scores == sorted(scores, reverse=True)
+    assert len(search(client, id=0, k=500)[0]) == NUM_PICTURES - 1
+
+
+def test_searches_at_the_same_time_do_not_mix(engine: QueryEngine, small_index: SmallIndex) -> None:
+    pictures = [path.read_bytes() for path in sorted(small_index.pictures.glob("*/*.*"))]
+    app = create_app(engine, ServingSettings(index=small_index.index))
+
+    async def search_all() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
+            by_picture = [client.post("/v1/search", files={"image": picture}) for picture in pictures]
+            by_id = [client.post("/v1/search", json={"id": id, "include_self": True}) for id in range(NUM_PICTURES)]
+            return await asyncio.gather(*by_picture, *by_id)
+
+    first_ids = [found(answer)[0][0] for answer in asyncio.run(search_all())]
+    assert first_ids == [*range(NUM_PICTURES), *range(NUM_PICTURES)]
+
+
+def test_an_item_is_described_and_its_picture_is_the_original_file(client: TestClient, small_index: SmallIndex) -> None:
+    files = {
+        path.with_suffix("").relative_to(small_index.pictures).as_posix(): path
+        for path in small_index.pictures.glob("*/*.*")
+    }
+    for id in range(NUM_PICTURES):
+        item = client.get(f"/v1/items/{id}").json()
+        path = files.pop(item["key"])
+        picture = client.get(item["image_url"])
+        assert picture.content == path.read_bytes()
+        assert picture.headers["content-type"] == {".png": "image/png", ".jpg": "image/jpeg"}[path.suffix]
+        assert picture.headers["x-content-type-options"] == "nosniff"
+        assert picture.headers["content-security-policy"] == "default-src 'none'; sandbox"
+    assert not files
+
+
+def test_pictures_are_cached_for_good_only_under_the_address_that_names_their_shards(client: TestClient) -> None:
+    address = client.get("/v1/items/4").json()["image_url"]
+    picture = client.get(address)
+    assert "immutable" in picture.headers["cache-control"]
+    for other in (address.partition("?")[0], address + "0", "/v1/items/4/image?shards=None"):
+        assert client.get(other).headers["cache-control"] == "no-cache"
+    again = client.get(address, headers={"If-None-Match": picture.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_seed_gives_the_same_different_items_again(client: TestClient) -> None:
+    first, again, other = (client.get(f"/v1/items?sample=9&seed={seed}").json() for seed in (5, 5, 6))
+    assert first == again
+    assert len({item["id"] for item in first["items"]}) == 9
+    assert other["items"] != first["items"]
+    unseeded = client.get("/v1/items?sample=200").json()
+    assert sorted(item["id"] for item in unseeded["items"]) == list(range(NUM_PICTURES))
+    assert client.get(f"/v1/items?sample=200&seed={unseeded['seed']}").json() == unseeded
+
+
+def test_info_tells_limits_counts_and_the_measured_recall(client: TestClient, engine: QueryEngine) -> None:
+    info = client.get("/v1/info").json()
+    assert info["num_vectors"] == NUM_PICTURES
+    assert info["dim"] == engine.index.dim
+    assert info["limits"] == {"max_body_bytes": 20 << 20, "max_k": 1000, "max_items": 200}
+    assert info["recall_curve"] == engine.index.manifest.details["recall_curve"]
+    assert info["has_pictures"] is True
+    assert {"python", "torch"} <= info["versions"].keys()
+
+
+def test_the_server_is_ready_only_while_it_runs(small_index: SmallIndex) -> None:
+    app = create_app(QueryEngine.open(small_index.index), ServingSettings(index=small_index.index))
+    client = TestClient(app)
+    before = client.get("/readyz")
+    assert (before.status_code, before.json()["code"]) == (503, "server.not_ready")
+    assert before.headers["retry-after"] == "1"
+    assert client.get("/livez").json() == {"status": "ok"}
+    with client:
+        assert client.get("/readyz").json() == {"status": "ok"}
+    assert client.get("/readyz").status_code == 503
+
+
+def test_without_shards_searching_works_and_pictures_are_said_to_be_missing(
+    engine: QueryEngine, small_index: SmallIndex
+) -> None:
+    blind = QueryEngine(engine.index, engine.index.load_encoder(), shards=None)
+    with TestClient(create_app(blind, ServingSettings(index=small_index.index))) as client:
+        hits = client.post("/v1/search", json={"id": 3}).json()["hits"]
+        assert [hit["image_url"] for hit in hits] == [None] * 10
+        assert client.get("/v1/items/3/image").json()["code"] == "pictures.unavailable"
+        assert client.get("/v1/items/99/image").json()["code"] == "item.unknown"
+        assert client.get("/v1/info").json()["has_pictures"] is False
+
+
+def test_shards_of_another_gallery_are_refused(small_index: SmallIndex, tmp_path: Path) -> None:
+    from data_pipelines.settings import ClassFoldersSettings, ShardSettings
+    from data_pipelines.shard_writer import write_shards
+    from data_pipelines.sources.class_folders import ClassFolders
+
+    source = ClassFolders(ClassFoldersSettings(folder=small_index.pictures / "disc"))
+    write_shards(source, tmp_path / "shards", ShardSettings())
+    with pytest.raises(ManifestMismatch, match="shards"):
+        QueryEngine.open(small_index.index, shards_folder=tmp_path / "shards")
+
+
+def test_a_request_id_is_taken_over_if_it_is_harmless(client: TestClient) -> None:
+    given = client.get("/livez", headers={"X-Request-ID": "trace-7.a_B"})
+    assert given.headers["x-request-id"] == "trace-7.a_B"
+    for bad in ("spaces here", "x" * 65, "<script>"):
+        assert re.fullmatch(
+            r"[0-9a-f]{32}", client.get("/livez", headers={"X-Request-ID": bad}).headers["x-request-id"]
+        )
+
+
+def test_every_kind_of_answer_carries_a_strict_policy(client: TestClient) -> None:
+    for path in ("/", "/page/page.js", "/v1/info", "/nothing/here", "/openapi.json"):
+        headers = client.get(path).headers
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "server" not in headers
+
+
+def test_the_page_obeys_its_policy_and_asks_nobody_else(client: TestClient) -> None:
+    html = client.get("/").text
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
+    for name in ("page/page.js", "page/page.css", "page/icon.svg"):
+        assert name in html
+        text = client.get(f"/{name}").text
+        assert not re.search(r"https?://", text.replace("http://www.w3.org/2000/svg", ""))
+
+
+def test_the_openapi_document_is_whole_and_its_examples_work(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    for reference in re.findall(r'"#/components/schemas/(\w+)"', client.get("/openapi.json").text):
+        assert reference in schemas
+    assert "HTTPValidationError" not in schemas  # the framework's own shape of errors, which is never sent
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["description"]
+    for schema in schemas.values():
+        assert all("description" in field or "$ref" in field for field in schema["properties"].values())
+    json_body = document["paths"]["/v1/search"]["post"]["requestBody"]["content"]["application/json"]
+    for name, example in json_body["examples"].items():
+        answer = client.post("/v1/search", json=example["value"])
+        # The example's vector is shortened; all it can show is its shape.
+        assert answer.status_code == 200 or (name, answer.json()["code"]) == ("by a vector", "vector.wrong_dim")

@@ -1,0 +1,196 @@
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+
+from serving.app import create_app
+from serving.problems import PROBLEM_KINDS
+from serving.query_engine import QueryEngine
+from serving.settings import ServingLimits, ServingSettings
+from tests.unit.serving.small_index import SmallIndex, draw
+
+JSON = {"content-type": "application/json"}
+
+
+def picture_bytes(*, side: int = 96) -> bytes:
+    file = io.BytesIO()
+    draw("disc", "teal", side=side).save(file, format="PNG")
+    return file.getvalue()
+
+
+def form(**fields: Any) -> dict[str, Any]:
+    return {"files": {"image": ("a.png", fields.pop("image", picture_bytes()))}, "data": fields}
+
+
+SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no JSON": ({"content": b"{", "headers": JSON}, 400, "request.malformed"),
+    "no body": ({"content": b"", "headers": JSON}, 400, "request.malformed"),
+    "not UTF-8": ({"content": b'{"id": "\xff"}', "headers": JSON}, 400, "request.malformed"),
+    "a list": ({"json": [1]}, 422, "request.invalid"),
+    "no query": ({"json": {}}, 422, "request.invalid"),
+    "two queries": ({"json": {"id": 1, "vector": [1.0]}}, 422, "request.invalid"),
+    "an unknown field": ({"json": {"id": 1, "top": 3}}, 422, "request.invalid"),
+    "k of 0": ({"json": {"id": 1, "k": 0}}, 422, "request.invalid"),
+    "k above the limit": ({"json": {"id": 1, "k": 1001}}, 422, "request.invalid"),
+    "k as text": ({"json": {"id": 1, "k": "5"}}, 422, "request.invalid"),
+    "k as text in a form": (form(k="many"), 422, "request.invalid"),
+    "k above the limit in a form": (form(k=1001), 422, "request.invalid"),
+    "self without id": ({"json": {"vector": [1.0], "include_self": True}}, 422, "request.invalid"),
+    "a negative id": ({"json": {"id": -1}}, 422, "request.invalid"),
+    "an unknown id": ({"json": {"id": 24}}, 404, "item.unknown"),
+    "the largest id": ({"json": {"id": 2**63 - 1}}, 404, "item.unknown"),
+    "an id too large": ({"json": {"id": 2**63}}, 422, "request.invalid"),
+    "an empty vector": ({"json": {"vector": []}}, 422, "request.invalid"),
+    "a short vector": ({"json": {"vector": [0.6, 0.8]}}, 422, "vector.wrong_dim"),
+    "NaN": ({"content": json.dumps({"vector": [float("nan")] * 512}), "headers": JSON}, 422, "vector.not_finite"),
+    "infinity": ({"content": b'{"vector": [%s1e999]}' % (b"0," * 511), "headers": JSON}, 422, "vector.not_finite"),
+    "zeros": ({"json": {"vector": [0] * 512}}, 422, "vector.no_direction"),
+    "no base64": ({"json": {"image": "data:image/png;base64,AAAA"}}, 422, "request.invalid"),
+    "an empty picture": (form(image=b""), 422, "image.empty"),
+    "a text": (form(image=b"not a picture at all"), 415, "image.not_an_image"),
+    "an SVG": (form(image=b"<svg xmlns='http://www.w3.org/2000/svg'/>"), 415, "image.not_an_image"),
+    "a broken picture": (form(image=picture_bytes()[:-60]), 422, "image.truncated"),
+    "a form without picture": ({"files": {"k": (None, "3")}}, 422, "request.invalid"),
+    "a picture as text": ({"files": {"image": (None, "abc")}}, 422, "request.invalid"),
+    "two pictures": ({"files": [("image", ("a", b"a")), ("image", ("b", b"b"))]}, 400, "request.malformed"),
+    "k twice": ({"files": [("k", (None, "1")), ("k", (None, "2"))]}, 422, "request.invalid"),
+    "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "request.malformed"),
+    "no form": (
+        {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+        400,
+        "request.malformed",
+    ),
+    "another type": ({"content": b"x", "headers": {"content-type": "image/png"}}, 415, "body.unsupported_type"),
+    "no type": ({"content": b"x"}, 415, "body.unsupported_type"),
+}
+OTHERS: dict[str, tuple[str, str, int, str]] = {
+    "unknown route": ("GET", "/v2/search", 404, "route.unknown"),
+    "unknown page file": ("GET", "/page/other.js", 404, "route.unknown"),
+    "outside the page": ("GET", "/page/..%2f..%2fapp.py", 404, "route.unknown"),
+    "wrong method": ("GET", "/v1/search", 405, "method.not_allowed"),
+    "unknown item": ("GET", "/v1/items/24", 404, "item.unknown"),
+    "unknown item's picture": ("GET", "/v1/items/24/image", 404, "item.unknown"),
+    "an item that is no number": ("GET", "/v1/items/first", 422, "request.invalid"),
+    "an item too large": ("GET", f"/v1/items/{10**30}", 422, "request.invalid"),
+    "no items": ("GET", "/v1/items?sample=0", 422, "request.invalid"),
+    "too many items": ("GET", "/v1/items?sample=201", 422, "request.invalid"),
+    "a seed that is no number": ("GET", "/v1/items?seed=x", 422, "request.invalid"),
+}
+
+
+def check_problem(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (status, code), problem
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem.keys() - {"errors"} == {"title", "status", "detail", "code", "fix", "request_id"}
+    assert all(problem.values())
+    assert problem["status"] == status == PROBLEM_KINDS[code].status
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert ("errors" in problem) == (code == "request.invalid")
+    return dict(problem)
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_a_bad_search_is_a_problem(client: TestClient, case: str) -> None:
+    request, status, code = SEARCHES[case]
+    check_problem(client.post("/v1/search", **request), status, code)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_bad_request_is_a_problem(client: TestClient, case: str) -> None:
+    method, path, status, code = OTHERS[case]
+    check_problem(client.request(method, path), status, code)
+
+
+def test_codes_and_statuses_never_change() -> None:
+    # Clients branch on them. New codes are added here; a line is never edited.
+    assert {code: kind.status for code, kind in PROBLEM_KINDS.items()} == {
+        "request.malformed": 400,
+        "request.invalid": 422,
+        "request.refused": 400,
+        "route.unknown": 404,
+        "method.not_allowed": 405,
+        "body.too_large": 413,
+        "body.unsupported_type": 415,
+        "image.empty": 422,
+        "image.not_an_image": 415,
+        "image.format_not_allowed": 415,
+        "image.truncated": 422,
+        "image.too_many_pixels": 413,
+        "image.absurd_size": 422,
+        "image.undecodable": 422,
+        "item.unknown": 404,
+        "pictures.unavailable": 404,
+        "vector.wrong_dim": 422,
+        "vector.not_finite": 422,
+        "vector.no_direction": 422,
+        "server.not_ready": 503,
+        "server.error": 500,
+    }
+
+
+def test_every_refused_field_is_named(client: TestClient) -> None:
+    problem = client.post("/v1/search", json={"id": -1, "k": 0, "top": 1}).json()
+    assert {error["field"] for error in problem["errors"]} == {"id", "k", "top"}
+
+
+def test_refusals_say_what_would_be_accepted(client: TestClient) -> None:
+    assert client.get("/v1/search").headers["allow"] == "POST"
+    refused = client.post("/v1/search", content=b"x", headers={"content-type": "text/plain"})
+    assert refused.headers["accept-post"] == "multipart/form-data, application/json"
+
+
+class TestBodyLimit:
+    @pytest.fixture
+    def narrow_client(self, engine: QueryEngine, small_index: SmallIndex) -> TestClient:
+        settings = ServingSettings(index=small_index.index, limits=ServingLimits(max_body_bytes=2048, max_k=5))
+        return TestClient(create_app(engine, settings))
+
+    def test_an_announced_length_is_refused_unread(self, narrow_client: TestClient) -> None:
+        answer = narrow_client.post("/v1/search", files={"image": picture_bytes(side=1024)})
+        check_problem(answer, 413, "body.too_large")
+        assert answer.headers["connection"] == "close"
+
+    @pytest.mark.parametrize("content_type", ["application/json", "multipart/form-data; boundary=b"])
+    def test_an_endless_body_is_cut_off(self, narrow_client: TestClient, content_type: str) -> None:
+        num_read = 0
+
+        def endless() -> Iterator[bytes]:
+            nonlocal num_read
+            yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+            while num_read < 1000:
+                num_read += 1
+                yield b"x" * 512
+
+        answer = narrow_client.post("/v1/search", content=endless(), headers={"content-type": content_type})
+        check_problem(answer, 413, "body.too_large")
+
+    def test_a_body_at_the_limit_is_read(self, narrow_client: TestClient) -> None:
+        body = b'{"id": 1, "k": 5}'.ljust(2048)
+        assert narrow_client.post("/v1/search", content=body, headers=JSON).status_code == 200
+        answer = narrow_client.post("/v1/search", content=body + b" ", headers=JSON)
+        check_problem(answer, 413, "body.too_large")
+
+    def test_k_has_the_servers_own_limit(self, narrow_client: TestClient) -> None:
+        problem = check_problem(narrow_client.post("/v1/search", json={"id": 1, "k": 6}), 422, "request.invalid")
+        assert problem["errors"][0]["field"] == "k"
+
+
+def test_an_unexpected_error_tells_the_log_everything_and_the_client_nothing(
+    client: TestClient, engine: QueryEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret of /srv/index")
+
+    monkeypatch.setattr(engine.index, "search", fail)
+    with caplog.at_level(logging.ERROR):
+        answer = client.post("/v1/search", json={"id": 1})
+    problem = check_problem(answer, 500, "server.error")
+    assert "secret" not in answer.text
+    assert problem["request_id"] in caplog.text
+    assert "secret of /srv/index" in caplog.text

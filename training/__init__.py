@@ -1,0 +1,1 @@
+"""Batches -> checkpoint: rank losses, the two-pass large batch, the training loop."""

@@ -1,0 +1,270 @@
+"""The training loop: it reads like the paper's algorithm, and each line of it is a call one can open."""
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from data_pipelines.loader import training_batches
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.transforms import TrainingTransform
+from lookalike.artifacts import fingerprint, read_manifest, write_text_atomically
+from lookalike.collectives import any_rank, barrier, sum_over_ranks
+from lookalike.encoder import ENCODER_KIND, ENCODER_VERSION, Encoder, create_encoder, save_encoder
+from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
+from lookalike.events import EventLog
+from lookalike.progress import Progress
+from lookalike.settings import dump_settings
+from lookalike.world import World
+from training.batch_metrics import hit_rate_of_batch
+from training.checkpoint import load_newest_checkpoint, save_checkpoint
+from training.distributed_loss import score_across_ranks
+from training.large_batch import backward_large_batch, chunk_device, freeze_batch_norm
+from training.losses import mixing_coefficients, recall_at_k_surrogate, surrogate_floor
+from training.optimizer import create_optimizer, freeze_parameters, schedule_factor, set_learning_rate
+from training.settings import RecallAtKLoss, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """All that changes from step to step; whatever a resumed run needs is in its state dict."""
+
+    encoder: Encoder
+    optimizer: torch.optim.Optimizer
+    average: Encoder | None  # exponential moving average of the weights
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "encoder": self.encoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.encoder.load_state_dict(state["encoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def train(settings: TrainSettings, *, world: World = World()) -> Path:
+    """Trains until `num_steps`, resuming what the run folder holds, and returns the folder of the finished encoder.
+
+    Raises:
+        NonFiniteLoss: on every rank, before weights move.
+        ArtifactError: the run folder belongs to another run.
+        DataError, SettingsError: the shards do not allow the batches asked for.
+    """
+    with ShardSet.open(settings.shards) as shard_set:
+        identity = run_identity(settings, shard_set)
+        encoder_folder = settings.run / "encoder"
+        if encoder_folder.exists():
+            _require_same_run(settings.run, identity)
+            logger.info("%s is trained already", encoder_folder)
+            return encoder_folder
+        state = begin_or_resume(settings, identity)
+        if world.is_first:
+            _describe_run(settings, identity)
+        run_steps(state, settings, shard_set, identity=identity, world=world)
+    if world.is_first:
+        save_encoder(state.average or state.encoder, encoder_folder)
+    barrier(world)
+    return encoder_folder
+
+
+def run_steps(
+    state: TrainingState, settings: TrainSettings, shard_set: ShardSet, *, identity: str, world: World
+) -> None:
+    """Runs the steps from `state.step` to `num_steps`, with events and checkpoints."""
+    plan = plan_batches(settings, shard_set, world)
+    batches = training_batches(
+        shard_set,
+        plan,
+        TrainingTransform(settings.augmentation, settings.encoder.input.size),
+        world=world,
+        seed=settings.seed,
+        steps=range(state.step, settings.num_steps),
+        num_workers=settings.num_workers,
+    )
+    with (
+        EventLog(settings.run / f"events-rank{world.rank}.jsonl") as events,
+        Progress(settings.num_steps, description="training", unit="steps", done=state.step) as progress,
+    ):
+        for batch in batches:
+            started = time.perf_counter()
+            set_learning_rate(
+                state.optimizer, schedule_factor(batch.step, settings.optimizer, num_steps=settings.num_steps)
+            )
+            measured = take_step(state, batch.pixels, batch.labels, settings, step=batch.step, world=world)
+            measured["images_per_second"] = round(settings.batch.num_images / (time.perf_counter() - started), 2)
+            events.write("step", step=batch.step, **measured)
+            progress.advance(note=f"loss {measured['loss']:.4f}, hit rate@1 {measured['hit_rate_at_1']:.3f}")
+            is_last = state.step == settings.num_steps
+            if world.is_first and (state.step % settings.steps_per_checkpoint == 0 or is_last):
+                save_checkpoint(
+                    settings.run,
+                    state.state_dict(),
+                    step=state.step,
+                    identity=identity,
+                    num_kept=settings.num_kept_checkpoints,
+                )
+
+
+def take_step(
+    state: TrainingState,
+    pixels: Tensor,
+    labels: Int64[Tensor, "batch"],
+    settings: TrainSettings,
+    *,
+    step: int,
+    world: World,
+) -> dict[str, float]:
+    """One optimizer step on the global batch; returns what was measured."""
+    encoder = state.encoder.train()
+    freeze_batch_norm(encoder)
+    state.optimizer.zero_grad(set_to_none=True)
+    labels = labels.to(chunk_device(encoder))
+
+    loss, embeddings = backward_large_batch(
+        encoder,
+        pixels,
+        lambda own: score_across_ranks(own, labels, _loss_of_share(settings, step), world=world),
+        chunk_size=settings.batch.chunk_size,
+        num_kept_chunks=settings.batch.num_kept_chunks,
+        seed=(settings.seed * settings.num_steps + step) * world.size + world.rank,
+    )
+
+    parameters = [parameter for parameter in encoder.parameters() if parameter.grad is not None]
+    sum_over_ranks([parameter.grad for parameter in parameters if parameter.grad is not None], world)
+    gradient_norm = torch.nn.utils.clip_grad_norm_(
+        parameters, settings.optimizer.max_gradient_norm or float("inf"), error_if_nonfinite=False
+    )
+    if any_rank(not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)), world, device=loss.device):
+        raise NonFiniteLoss(
+            f"step {step}: loss {loss.item()}, gradient norm {gradient_norm.item()}; the weights are those of the step "
+            "before. Lower optimizer.lr, set optimizer.max_gradient_norm, or look for broken pictures."
+        )
+    state.optimizer.step()
+    if state.average is not None and settings.average_decay is not None:
+        _update_average(state.average, encoder, decay=settings.average_decay, step=step)
+    state.step = step + 1
+    return {
+        "loss": loss.item(),
+        "loss_above_floor": loss.item() - _floor(labels, settings.loss),
+        "hit_rate_at_1": hit_rate_of_batch(embeddings, labels),
+        "gradient_norm": gradient_norm.item(),
+        "lr": state.optimizer.param_groups[0]["lr"],
+    }
+
+
+def _loss_of_share(settings: TrainSettings, step: int) -> Any:
+    options = settings.loss
+
+    def share_of_loss(
+        embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, "batch"], share: tuple[int, int]
+    ) -> Float[Tensor, ""]:
+        mixing = mixing_coefficients(labels, seed=settings.seed, step=step) if options.mixes_similarities else None
+        return recall_at_k_surrogate(
+            embeddings,
+            labels,
+            ks=options.ks,
+            rank_temperature=options.rank_temperature,
+            k_temperature=options.k_temperature,
+            definition=options.definition,
+            mixing=mixing,
+            query_share=share,
+        )
+
+    return share_of_loss
+
+
+def _floor(labels: Int64[Tensor, "batch"], options: RecallAtKLoss) -> float:
+    return surrogate_floor(
+        labels,
+        ks=options.ks,
+        k_temperature=options.k_temperature,
+        definition=options.definition,
+        is_mixed=options.mixes_similarities,
+    )
+
+
+def plan_batches(settings: TrainSettings, shard_set: ShardSet, world: World) -> ClassBalancedBatches:
+    if settings.batch.num_images % world.size:
+        raise SettingsError(
+            f"batch: {settings.batch.num_images} images do not divide over {world.size} processes. "
+            "Choose classes_per_batch as a multiple of the number of processes."
+        )
+    rows = shard_set.rows(settings.split)
+    if not len(rows):
+        raise DataError(f"{shard_set.folder} has no pictures in split {settings.split!r}.")
+    return ClassBalancedBatches(
+        shard_set.labels,
+        rows,
+        classes_per_batch=settings.batch.classes_per_batch,
+        images_per_class=settings.batch.images_per_class,
+        seed=settings.seed,
+    )
+
+
+def begin_or_resume(settings: TrainSettings, identity: str) -> TrainingState:
+    """The state of step 0, or that of the newest checkpoint in the run folder."""
+    torch.manual_seed(settings.seed)  # the projection's first weights
+    encoder = create_encoder(settings.encoder, settings.weights)
+    if torch.cuda.is_available():
+        encoder = encoder.to("cuda")
+    try:
+        freeze_parameters(encoder, settings.frozen)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    average = copy.deepcopy(encoder).requires_grad_(False) if settings.average_decay is not None else None
+    state = TrainingState(encoder, create_optimizer(encoder, settings.optimizer), average)
+    saved = load_newest_checkpoint(settings.run, identity=identity)
+    if saved is not None:
+        state.load_state_dict(saved)
+        logger.info("resuming %s after step %d", settings.run, state.step)
+    return state
+
+
+def run_identity(settings: TrainSettings, shard_set: ShardSet) -> str:
+    """Fingerprint of all that decides the trained weights; where files lie and how fast they are read does not."""
+    tree = dump_settings(settings)
+    for name in ("run", "shards", "num_workers", "steps_per_checkpoint", "num_kept_checkpoints", "num_threads"):
+        del tree[name]
+    return fingerprint({"settings": tree, "shards": shard_set.fingerprint})
+
+
+def _describe_run(settings: TrainSettings, identity: str) -> None:
+    settings.run.mkdir(parents=True, exist_ok=True)
+    text = f"# Resolved settings of this run, identity {identity}\n{yaml.safe_dump(dump_settings(settings))}"
+    write_text_atomically(settings.run / "settings.yaml", text)
+
+
+def _require_same_run(run: Path, identity: str) -> None:
+    read_manifest(run / "encoder", kind=ENCODER_KIND, newest_version=ENCODER_VERSION)
+    first_line = (run / "settings.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    if not first_line.endswith(identity):
+        raise ArtifactError(f"{run} holds a finished run with other settings or data. Choose another run folder.")
+
+
+@torch.no_grad()
+def _update_average(average: Encoder, encoder: Encoder, *, decay: float, step: int) -> None:
+    # Early on the average would mostly be the untrained start: a young average forgets faster.
+    decay = min(decay, (1 + step) / (10 + step))
+    for mean, value in zip(average.state_dict().values(), encoder.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)

@@ -1,0 +1,108 @@
+"""Similarity mixup: which rows of a batch are mixed, with which coefficients, and what that does to similarities.
+
+A virtual sample is a point between two images of one class. It is never formed: its similarity to anything is the
+same combination of two similarities, so mixing turns the similarities S of a batch into W S Wᵀ, where a row of W
+holds the shares of the two images that a sample is made of.
+
+Source: Patel, Tolias, Matas, CVPR 2022, arXiv:2108.11179, similarity mixup, eq. 9 and 10.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt64
+from numpy import ndarray
+from torch import Tensor
+
+from training.losses.class_rows import group_by_class
+from training.losses.sparse_matrix import SparseMatrix, sparse_matrix
+
+
+def mixing_pairs(labels: Int[Tensor, "batch"]) -> Int[Tensor, "pairs 2"]:
+    """All pairs of rows of one class: (i, j) with i < j, in ascending order of (i, j).
+
+    A class of m images gives m(m-1)/2 pairs: a batch with 4 images of each class grows 2.5 times.
+    """
+    classes = group_by_class(labels)
+    pairs = [classes.order.new_empty((0, 2))]
+    # One class size at a time: all classes of one size pair the same slots.
+    for size in classes.sizes.unique().tolist():
+        members = classes.order[classes.sizes[classes.order] == size].view(-1, size)  # [classes, size]
+        slots = torch.triu_indices(size, size, offset=1, device=labels.device).T  # [pairs of a class, 2]
+        pairs.append(members[:, slots].flatten(0, 1))
+    unsorted = torch.cat(pairs)
+    return unsorted[torch.argsort(unsorted[:, 0] * len(labels) + unsorted[:, 1])]
+
+
+def mixing_coefficients(labels: Int[Tensor, "batch"], *, seed: int, step: int) -> Float[Tensor, "pairs"]:
+    """Uniform coefficients strictly between 0 and 1, one per pair of `mixing_pairs(labels)`.
+
+    A coefficient is a hash of (seed, step, class label, slot of i, slot of j), a slot being a row's place among the
+    rows of its class. There is no generator to save: a resumed run, or one split over other workers, draws the
+    same numbers wherever a class keeps the order of its rows.
+
+    Args:
+        labels: Class of each row of the whole batch, before any split over workers.
+        seed: Of the run, 0 to 2^63 - 1.
+        step: Of the optimizer, 0 to 2^63 - 1.
+
+    Returns:
+        float32; a conversion to float64 changes nothing.
+
+    Raises:
+        ValueError: `seed` or `step` is outside its range.
+    """
+    for name, number in (("seed", seed), ("step", step)):
+        if not 0 <= number < 2**63:
+            raise ValueError(f"{name} must be between 0 and 2^63 - 1, got {number}")
+    pairs = mixing_pairs(labels)
+    slots = group_by_class(labels).slots[pairs]
+    words = torch.stack([labels[pairs[:, 0]].long(), slots[:, 0], slots[:, 1]]).cpu().numpy().view(np.uint64)
+    state = np.full(len(pairs), seed, dtype=np.uint64)
+    for word in (np.uint64(step), *words):
+        state = _splitmix64(state) ^ word
+    # The middle of one of 2^23 equal cells: exact in float32, never 0 or 1.
+    cells = (_splitmix64(state) >> np.uint64(41)).astype(np.float64)
+    return torch.from_numpy(((cells + 0.5) / 2**23).astype(np.float32)).to(labels.device)
+
+
+def _splitmix64(state: UInt64[ndarray, "pairs"]) -> UInt64[ndarray, "pairs"]:
+    """One output of the generator at each state: Steele, Lea, Flood, OOPSLA 2014, with the constants in common use."""
+    mixed = state + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The matrix W: what each sample is made of, two images a row. The batch's own images are the first samples."""
+
+    parents: Int[Tensor, "samples 2"]  # rows of the batch; a real image is its own two parents
+    shares: Float[Tensor, "samples 2"]  # (a, 1 - a); (1, 0) for a real image
+
+    def expansion(self) -> SparseMatrix:
+        """W [samples, images]: carries what images have to the samples made of them."""
+        row_starts = torch.arange(0, self.parents.numel(), 2, device=self.parents.device)
+        return SparseMatrix(row_starts=row_starts, columns=self.parents.flatten(), values=self.shares.flatten())
+
+    def reduction(self, *, num_images: int) -> SparseMatrix:
+        """Wᵀ [images, samples]: carries a gradient of samples back to their images."""
+        samples = torch.arange(len(self.parents), device=self.parents.device).repeat_interleave(2)
+        return sparse_matrix(self.parents.flatten(), samples, self.shares.flatten(), num_rows=num_images)
+
+    def select(self, samples: Int[Tensor, "chosen"]) -> tuple["Mixture", Int[Tensor, "images"]]:
+        """Some of the samples, and the rows of the batch they are made of, which the new `parents` index."""
+        images, parents = self.parents[samples].unique(return_inverse=True)
+        return Mixture(parents=parents, shares=self.shares[samples]), images
+
+
+def mix(pairs: Int[Tensor, "pairs 2"], coefficients: Float[Tensor, "pairs"], *, num_images: int) -> Mixture:
+    """A batch followed by one virtual sample per pair: coefficient * first row + (1 - coefficient) * second row."""
+    images = torch.arange(num_images, device=pairs.device)
+    ones = coefficients.new_ones(num_images)
+    return Mixture(
+        parents=torch.cat([torch.stack([images, images], dim=1), pairs]),
+        shares=torch.cat([torch.stack([ones, 1 - ones], dim=1), torch.stack([coefficients, 1 - coefficients], dim=1)]),
+    )
