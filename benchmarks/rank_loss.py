@@ -5,7 +5,7 @@
 
 The loop is written from the formulas in the manner of the paper's released code: one query after another, virtual
 samples as embeddings, one backward pass at the end. Its cost per query does not depend on the query, so some queries
-are measured and scaled to all; so is its memory, nearly all of which is what autograd keeps for each query.
+are measured and scaled to all; so is the memory that it takes more for more queries, what autograd keeps of each.
 
 Every figure comes from a process of its own. CPU seconds are of all threads, loss and gradient together, the least of
 the repeats. Memory is the highest resident size (VmHWM) above the size with inputs in place, in a process whose
@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def report(arguments: argparse.Namespace) -> str:
         "",
         f"{processor()}, {arguments.threads} thread(s), least of {arguments.repeats}. "
         f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}, commit {commit()}.",
-        f"Command: `python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"Command: `{' '.join(['python', f'benchmarks/{Path(__file__).name}', *sys.argv[1:]])}`",
     ]
     return "\n".join(lines)
 
@@ -121,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     num_samples = len(labels) + (0 if mixing is None else len(mixing))
     queries = torch.linspace(0, num_samples - 1, min(arguments.queries_of_the_loop, num_samples)).long()
 
-    def run(embeddings: Tensor, labels: Tensor, mixing: Tensor | None, queries: Tensor) -> None:
+    def run(queries: Tensor) -> None:
         if arguments.measure == "fused":
             fused(embeddings, labels, mixing)
         else:
@@ -129,18 +130,31 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
     # Small, so that code is loaded but no memory taken.
     few = labels[: 8 * arguments.images_per_class]
-    run(embeddings[: len(few)], few, None if mixing is None else mixing_coefficients(few, seed=0, step=0), queries[:1])
-    scale = 1.0 if arguments.measure == "fused" else num_samples / len(queries)
+    few_coefficients = mixing_coefficients(few, seed=0, step=0) if arguments.mixed else None
+    warm_up = (embeddings[: len(few)], few, few_coefficients)
+    if arguments.measure == "fused":
+        fused(*warm_up)
+    else:
+        loop(*warm_up, queries[:1])
+    if arguments.measure == "fused":
+        seconds, megabytes = zip(*(cost(run, queries) for _ in range(arguments.repeats)), strict=True)
+        return {"seconds": min(seconds), "megabytes": megabytes[0]}
+    _, megabytes_of_half = cost(run, queries[::2])
+    seconds, megabytes = zip(*(cost(run, queries) for _ in range(arguments.repeats)), strict=True)
+    per_query = (megabytes[0] - megabytes_of_half) / (len(queries) - len(queries[::2]))
+    return {
+        "seconds": min(seconds) * num_samples / len(queries),
+        "megabytes": megabytes[0] + per_query * (num_samples - len(queries)),
+    }
+
+
+def cost(run: Callable[[Tensor], None], queries: Tensor) -> tuple[float, float]:
+    """CPU seconds and peak megabytes above the present size."""
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again from the present size
     before = resident_megabytes("VmRSS")
-    seconds = []
-    for repeat in range(arguments.repeats):
-        start = time.process_time()
-        run(embeddings, labels, mixing, queries)
-        seconds.append(time.process_time() - start)
-        if repeat == 0:
-            megabytes = resident_megabytes("VmHWM") - before
-    return {"seconds": min(seconds) * scale, "megabytes": megabytes * scale}
+    start = time.process_time()
+    run(queries)
+    return time.process_time() - start, resident_megabytes("VmHWM") - before
 
 
 def make_embeddings(labels: Tensor, dim: int, data: str) -> Tensor:
@@ -178,9 +192,10 @@ def loop(embeddings: Tensor, labels: Tensor, mixing: Tensor | None, queries: Ten
     for query in queries.tolist():
         similarities = (samples * samples[query]).sum(1)
         members = (labels == labels[query]).nonzero().squeeze(1)
-        is_other = torch.ones(len(members), len(samples))
-        is_other[torch.arange(len(members)), members] = 0
-        ranks = 1 + (soft_step(similarities - similarities[members, None], RANK_TEMPERATURE) * is_other).sum(1)
+        is_itself = torch.zeros(len(members), len(samples), dtype=torch.bool)
+        is_itself[torch.arange(len(members)), members] = True
+        above = soft_step(similarities - similarities[members, None], RANK_TEMPERATURE)
+        ranks = 1 + above.masked_fill(is_itself, 0).sum(1)
         recalls = [
             (soft_step(k - ranks, 1.0) * (members != query)).sum().clamp(max=k) / min(k, len(members) - 1) for k in KS
         ]

@@ -56,7 +56,7 @@ class SkippedSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """Consecutive samples of a shard; skipped ones have no pixels and shift nothing."""
+    """Consecutive samples of a shard; skipped ones have no pixels and shift nothing. All of them may be skipped."""
 
     rows: Int64[Tensor, "batch"]
     pixels: UInt8[Tensor, "batch 3 size size"]
@@ -260,8 +260,9 @@ def _made_by_workers(
     batches = iter(loader)
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A dead worker shows as torch's RuntimeError, or as a broken pipe where it was to hand over a batch.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise ResourceError(
             f"a worker process ended: {error}. Memory or shared memory (/dev/shm) may be full: use fewer workers or "

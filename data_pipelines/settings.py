@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from data_pipelines.decode import DecodeLimits
 from lookalike.settings import Settings
@@ -112,14 +112,3 @@ class ListingSettings(Settings):
 
 
 SourceSettings = Annotated[ClassFoldersSettings | ListingSettings, Field(discriminator="source")]
-
-
-class BatchSettings(Settings):
-    """The class-balanced batch plan."""
-
-    classes_per_batch: PositiveInt
-    """Classes in the global batch of a step."""
-    images_per_class: Annotated[int, Field(ge=2)]
-    """Pictures of each of them."""
-    keeps_single_image_classes: bool = False
-    """Also use classes with one picture; it is then repeated with different augmentations."""

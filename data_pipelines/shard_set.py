@@ -3,9 +3,10 @@
 import os
 import threading
 from collections import OrderedDict
+from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow
@@ -137,16 +138,16 @@ class ShardSet:
             raise DataError(f"{self.folder} has no shard {shard_name!r}.") from None
         return range(details["first_row"], details["first_row"] + details["num_samples"])
 
-    def key(self, row: int) -> str:
-        return str(self.samples["key"][row].as_py())
+    def key(self, row: SupportsIndex) -> str:
+        return str(self.samples["key"][index(row)].as_py())
 
-    def read_bytes(self, row: int) -> bytes:
+    def read_bytes(self, row: SupportsIndex) -> bytes:
         """The encoded picture of a row, by one positioned read.
 
         Raises:
             ArtifactError: the shard is missing or shorter than the sample table says.
         """
-        name = self._shards[int(row)].as_py()
+        name = self._shards[index(row)].as_py()
         size, offset = int(self._sizes[row]), int(self._offsets[row])
         data = os.pread(self._open_shard(name).descriptor, size, offset)
         if len(data) != size:

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -146,7 +147,7 @@ def _written(
     pool = ProcessPoolExecutor(
         min(num_processes, len(shards)),
         mp_context=multiprocessing.get_context("forkserver"),
-        initializer=_end_with_parent,
+        initializer=_prepare_worker,
     )
     waiting = iter(shards)
     running: dict[Future[None], PlannedShard] = {}
@@ -169,8 +170,9 @@ def _written(
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Workers of a killed parent would wait for work for ever, so each ends itself."""
+def _prepare_worker() -> None:
+    """Makes a worker end with its parent, which it would outlive otherwise, and without words on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -48,7 +48,10 @@ def demo(
         from serving.server import serve as serve_index
         from serving.settings import ServingSettings
 
-        serve_index(ServingSettings(index=result.index, host=host, port=port))
+        serve_index(
+            ServingSettings(index=result.index, host=host, port=port),
+            on_ready=lambda server: print(f"Search page: {server.url}  (Ctrl-C ends it)", flush=True),
+        )
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike demo") -> None:

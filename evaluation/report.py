@@ -55,7 +55,8 @@ def summarise(contenders: Sequence[Contender]) -> dict[str, Any]:
         },
         "lead": {
             f"{last.name} over {other.name}": {
-                metric: _rounded(paired_difference(last.result, other.result, metric)) for metric in last.result.per_query
+                metric: _rounded(paired_difference(last.result, other.result, metric))
+                for metric in last.result.per_query
             }
             for other in others
         },

@@ -46,7 +46,12 @@ def embed(
     world = World.detect()
     with ShardSet.open(shards) as shard_set, process_group(world):
         if dry_run:
-            plan = {"pictures": len(shard_set.rows(split)), "split": split or "all", "out": str(out), "ranks": world.size}
+            plan = {
+                "pictures": len(shard_set.rows(split)),
+                "split": split or "all",
+                "out": str(out),
+                "ranks": world.size,
+            }
             print_result(plan, as_json=as_json)
             return
         model = load_encoder(encoder) if encoder else create_pretrained_encoder(str(pretrained), image_size=image_size)

@@ -48,7 +48,9 @@ def build_index(embeddings: EmbeddingSet, folder: Path, settings: IndexSettings 
         return existing
     embeddings.check()
     shard_set = ShardSet.open(embeddings.shards_folder)
-    require_parent(embeddings.folder, embeddings.manifest, "shards", found=shard_set.fingerprint, parent=shard_set.folder)
+    require_parent(
+        embeddings.folder, embeddings.manifest, "shards", found=shard_set.fingerprint, parent=shard_set.folder
+    )
     vectors, ids = embeddings.vectors(), embeddings.ids
     index_type = choose_type(len(vectors), settings)
     started = time.perf_counter()

@@ -51,7 +51,7 @@ def embed_shards(
     Vectors and their order do not depend on the number of ranks, since a batch never crosses a shard.
 
     Raises:
-        DataError: the split has no pictures, or none can be decoded.
+        DataError: there is no such split, or none of its pictures can be decoded.
         ArtifactError: `folder` holds an embedding set made from something else.
     """
     parents = {"shards": shard_set.fingerprint, "encoder": encoder.fingerprint}
@@ -104,7 +104,7 @@ def _embed_shard(
     progress: Progress,
 ) -> tuple[ndarray, Int64[ndarray, "vectors"], list[tuple[int, str]]]:
     vectors: list[Float32[ndarray, "batch dim"]] = []
-    ids: list[Int64[ndarray, "batch"]] = []
+    ids: list[Int64[ndarray, batch]] = []
     skipped: list[tuple[int, str]] = []
     for batch in evaluation_batches(shard_set, name, transform, batch_size=settings.batch_size):
         skipped.extend(batch.skipped)
@@ -118,12 +118,8 @@ def _embed_shard(
 
 
 def _shards_of_split(shard_set: ShardSet, split: str | None) -> list[str]:
-    rows = shard_set.rows(split)
-    if not len(rows):
-        splits = sorted(set(shard_set.samples["split"].to_pylist()))
-        raise DataError(f"{shard_set.folder} has no pictures in split {split!r}; its splits are {splits}.")
     shards = shard_set.samples["shard"]
-    return sorted({shards[int(row)].as_py() for row in rows})
+    return sorted({shards[int(row)].as_py() for row in shard_set.rows(split)})
 
 
 def _prepare_staging(staging: Path, *, identity: dict[str, object]) -> None:
@@ -144,9 +140,7 @@ def _publish(staging: Path, folder: Path, encoder: Encoder, names: list[str], ma
         num_skipped = gather_ledger(temporary, names)
         (temporary / ENCODER_FOLDER).mkdir()
         write_encoder(encoder, temporary / ENCODER_FOLDER)
-        num_vectors = sum(
-            np.load(temporary / "blocks" / f"{name}.npy", mmap_mode="r").shape[0] for name in names
-        )
+        num_vectors = sum(np.load(temporary / "blocks" / f"{name}.npy", mmap_mode="r").shape[0] for name in names)
         if num_vectors == 0:
             raise DataError(f"none of the {num_skipped} pictures could be embedded; see {staging}.")
         details = {**manifest.details, "blocks": names, "num_vectors": num_vectors, "num_skipped": num_skipped}

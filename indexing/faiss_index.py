@@ -53,8 +53,6 @@ def create_faiss_index(
                 f"found {len(vectors)}. Ask for fewer partitions, or for Flat."
             )
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_partitions, faiss.METRIC_INNER_PRODUCT)
-        index.quantizer.this.disown()
-        index.own_fields = True
         index.cp.seed = seed
         sample_size = min(len(vectors), num_partitions * _MOST_PER_PARTITION)
         sample = np.random.default_rng(seed).choice(len(vectors), sample_size, replace=False)

@@ -78,7 +78,7 @@ class PublishedIndex:
 
     def metadata_of(self, ids: Int64[ndarray, "n"]) -> list[dict[str, Any]]:
         """The metadata rows of `ids`; KeyError for an id outside the table."""
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self._metadata.num_rows):
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self._metadata.num_rows):
             raise KeyError(int(ids.min()) if ids.min() < 0 else int(ids.max()))
         return list(self._metadata.take(pa.array(ids)).to_pylist())
 

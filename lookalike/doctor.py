@@ -48,7 +48,9 @@ def examine() -> list[Finding]:
 
 
 def _line(finding: Finding) -> str:
-    return f"[{finding.state:>7}] {finding.name}: {finding.found}" + (f"\n          {finding.advice}" * bool(finding.advice))
+    return f"[{finding.state:>7}] {finding.name}: {finding.found}" + (
+        f"\n          {finding.advice}" * bool(finding.advice)
+    )
 
 
 def _python() -> Finding:

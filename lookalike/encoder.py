@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -15,7 +16,6 @@ from lookalike.artifacts import Manifest, fingerprint, publishing, read_manifest
 from lookalike.encoder_settings import (
     EncoderSettings,
     HubWeights,
-    InputSettings,
     PackageWeights,
     RandomWeights,
     Weights,
@@ -99,7 +99,7 @@ def create_encoder(settings: EncoderSettings, weights: Weights | None = None) ->
         near = ", ".join(difflib.get_close_matches(settings.backbone, timm.list_models(), n=5)) or "none"
         raise SettingsError(f"backbone: timm has no model named {settings.backbone!r}. Near names: {near}.")
     from_hub = isinstance(weights, HubWeights)
-    options = {"drop_path_rate": settings.drop_path_rate} if settings.drop_path_rate else {}
+    options: dict[str, Any] = {"drop_path_rate": settings.drop_path_rate} if settings.drop_path_rate else {}
     if settings.pooling == "gem":
         options["global_pool"] = ""
     try:
@@ -111,8 +111,9 @@ def create_encoder(settings: EncoderSettings, weights: Weights | None = None) ->
         ) from error
     if not from_hub:
         load_backbone_weights(backbone, weights, backbone_name=settings.backbone)
-    encoder = Encoder(settings, backbone, backbone.num_features)
-    return encoder.to(memory_format=torch.channels_last)
+    encoder = Encoder(settings, backbone, _num_features(backbone))
+    # mypy: torch's annotations of Module.to lack memory_format, which its documentation has.
+    return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def create_pretrained_encoder(name: str, *, image_size: int) -> Encoder:
@@ -125,9 +126,8 @@ def create_pretrained_encoder(name: str, *, image_size: int) -> Encoder:
     config = get_pretrained_cfg(backbone)
     if config is None:
         raise SettingsError(f"timm has no pretrained weights for {backbone!r}.")
-    settings = EncoderSettings(
-        backbone=backbone, mean=config.mean, std=config.std, input=InputSettings(size=image_size)
-    )
+    tree = {"backbone": backbone, "mean": config.mean, "std": config.std, "input": {"size": image_size}}
+    settings = validate_settings(EncoderSettings, tree, where="--pretrained, --image-size")
     return create_encoder(settings, weights).eval()
 
 
@@ -175,6 +175,10 @@ def load_encoder(folder: Path) -> Encoder:
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: weights do not fit the settings beside them: {error}") from error
     return encoder.eval()
+
+
+def _num_features(backbone: nn.Module) -> int:
+    return cast(int, backbone.num_features)
 
 
 def _weights_fingerprint(encoder: Encoder) -> str:

@@ -71,9 +71,7 @@ def require_searchable(queries: Float32[ndarray, "queries query_dim"], *, dim: i
         raise ValueError("a query holds NaN or infinity")
 
 
-def _hits_of_block(
-    scores: Float32[ndarray, "queries block"], block_ids: Int64[ndarray, "block"], k: int
-) -> SearchHits:
+def _hits_of_block(scores: Float32[ndarray, "queries block"], block_ids: Int64[ndarray, "block"], k: int) -> SearchHits:
     if scores.shape[1] > k:
         kth_score = np.partition(scores, -k, axis=1)[:, -k]
         # Every row tied with the k-th is kept until the final order by id, or ties would be cut at random.

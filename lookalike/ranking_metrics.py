@@ -34,7 +34,7 @@ def relevance_of_ranking(
 def hit_rate_at_k(relevance: Bool[ndarray, "queries depth"], k: int) -> Float64[ndarray, "queries"]:
     """1 where at least one of the first k is relevant, else 0."""
     _require_k(relevance, k)
-    return relevance[:, :k].any(axis=1).astype(np.float64)
+    return np.asarray(relevance[:, :k].any(axis=1), dtype=np.float64)
 
 
 def recall_at_k(
@@ -43,7 +43,7 @@ def recall_at_k(
     """Relevant ones among the first k, divided by all relevant ones; NaN for a query without any."""
     _require_k(relevance, k)
     with np.errstate(invalid="ignore"):
-        return relevance[:, :k].sum(axis=1) / num_relevant
+        return np.asarray(relevance[:, :k].sum(axis=1) / num_relevant)
 
 
 def average_precision_at_r(
@@ -63,7 +63,7 @@ def average_precision_at_r(
     counts = relevance & (positions[None, :] <= num_relevant[:, None])
     precision = np.cumsum(counts, axis=1) / positions
     with np.errstate(invalid="ignore"):
-        return (precision * counts).sum(axis=1) / num_relevant
+        return np.asarray((precision * counts).sum(axis=1) / num_relevant)
 
 
 def _require_k(relevance: Bool[ndarray, "queries depth"], k: int) -> None:

@@ -18,7 +18,9 @@ app = new_app("Train an encoder.")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML settings, e.g. configs/train/....yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, e.g. optimizer.lr=1e-4")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check and print the resolved settings and the plan, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check and print the resolved settings and the plan, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train an encoder on shards.

@@ -19,7 +19,7 @@ from data_pipelines.transforms import TrainingTransform
 from lookalike.artifacts import fingerprint, read_manifest, write_text_atomically
 from lookalike.collectives import any_rank, barrier, sum_over_ranks
 from lookalike.encoder import ENCODER_KIND, ENCODER_VERSION, Encoder, create_encoder, save_encoder
-from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
+from lookalike.errors import ArtifactError, NonFiniteLoss, SettingsError
 from lookalike.events import EventLog
 from lookalike.progress import Progress
 from lookalike.settings import dump_settings
@@ -207,12 +207,9 @@ def plan_batches(settings: TrainSettings, shard_set: ShardSet, world: World) -> 
             f"batch: {settings.batch.num_images} images do not divide over {world.size} processes. "
             "Choose classes_per_batch as a multiple of the number of processes."
         )
-    rows = shard_set.rows(settings.split)
-    if not len(rows):
-        raise DataError(f"{shard_set.folder} has no pictures in split {settings.split!r}.")
     return ClassBalancedBatches(
         shard_set.labels,
-        rows,
+        shard_set.rows(settings.split),
         classes_per_batch=settings.batch.classes_per_batch,
         images_per_class=settings.batch.images_per_class,
         seed=settings.seed,

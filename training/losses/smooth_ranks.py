@@ -75,13 +75,11 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arithmetic:
-    """What the blocks of a batch have in common."""
+class _Sigmoid:
+    """The σ of a batch."""
 
     temperature: float
-    saturation: float  # in temperatures: see `_saturation`
-    # Written over by every block: on CPU, memory new to the process costs more than what is computed in it.
-    workspace: Float[Tensor, "2 block_queries gallery"]
+    saturation: float  # how many temperatures from 0 it is flat, see `_saturation`
 
 
 class _SoftComparisons:
@@ -91,10 +89,10 @@ class _SoftComparisons:
     the comparison is b / (b + e). Since b is at least 1, e may overflow to infinity and only make it 0.
     """
 
-    def __init__(self, block: _Block, arithmetic: _Arithmetic) -> None:
+    def __init__(self, block: _Block, sigmoid: _Sigmoid) -> None:
         self._block = block
-        self._temperature = arithmetic.temperature
-        self._result, exponentials = arithmetic.workspace[:, : len(block.queries)]
+        self._temperature = sigmoid.temperature
+        self._result = torch.empty_like(block.similarities)
         # As many of a block's first queries have a first positive, a second and so on.
         self.num_queries: list[int] = block.is_positive.sum(0).tolist()
         highest = block.thresholds.amax(1, keepdim=True)
@@ -102,9 +100,9 @@ class _SoftComparisons:
         largest_exponent = math.log(torch.finfo(block.similarities.dtype).max)
         spread = float((highest - block.thresholds).max()) / self._temperature
         # Beyond, an e that overflows could still matter to the lowest threshold.
-        self._is_shared = spread + arithmetic.saturation <= largest_exponent
+        self._is_shared = spread + sigmoid.saturation <= largest_exponent
         if self._is_shared:
-            self._exponentials = torch.sub(highest, block.similarities, out=exponentials).mul_(scale).exp2_()
+            self._exponentials = torch.sub(highest, block.similarities).mul_(scale).exp2_()
             self._offsets = torch.sub(highest, block.thresholds).mul_(scale).exp2_()
 
     def with_positive(self, index: int) -> Float[Tensor, "queries gallery"]:
@@ -154,11 +152,7 @@ def smooth_rank_loss(
     classes = group_by_class(labels)
     num_ranked, queries = _queries_of_share(classes, query_share)
     block_size = _queries_per_block(embeddings.device, len(labels))
-    arithmetic = _Arithmetic(
-        temperature=rank_temperature,
-        saturation=_saturation(embeddings.dtype, len(labels)),
-        workspace=embeddings.new_empty(2, min(block_size, len(queries)), len(labels)),
-    )
+    sigmoid = _Sigmoid(rank_temperature, _saturation(embeddings.dtype, len(labels)))
 
     loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
     steepest = embeddings.new_zeros(())
@@ -166,18 +160,18 @@ def smooth_rank_loss(
     for start in range(0, len(queries), block_size):
         block_queries = queries[start : start + block_size]
         block = _block(samples, classes, block_queries, ranks_query_itself=ranks_query_itself)
-        ranks = _ranks(block, arithmetic)
+        ranks = _ranks(block, sigmoid)
         losses, slopes = loss_of_ranks(ranks, block.is_positive)
         loss += losses.sum(dtype=torch.float64)
         if not with_gradient:
             continue
         # What is negligible is measured against the steepest slope seen: a batch of small slopes keeps its gradient.
         steepest = torch.maximum(steepest, slopes.abs().amax())
-        slopes = torch.where(slopes.abs() <= steepest * math.exp(-arithmetic.saturation), 0, slopes)
+        slopes = torch.where(slopes.abs() <= steepest * math.exp(-sigmoid.saturation), 0, slopes)
         live = slopes.any(1).nonzero().squeeze(1)
         num_live += len(live)
         if len(live):
-            _add_gradient(samples, block.select(live), slopes[live] / num_ranked, arithmetic)
+            _add_gradient(samples, block.select(live), slopes[live] / num_ranked, sigmoid)
     return RankLoss(
         loss=(loss / max(num_ranked, 1)).to(embeddings.dtype),
         gradient=samples.gradient() if with_gradient else None,
@@ -217,8 +211,8 @@ def _block(
     )
 
 
-def _ranks(block: _Block, arithmetic: _Arithmetic) -> Float[Tensor, "queries positives"]:
-    comparisons = _SoftComparisons(block, arithmetic)
+def _ranks(block: _Block, sigmoid: _Sigmoid) -> Float[Tensor, "queries positives"]:
+    comparisons = _SoftComparisons(block, sigmoid)
     ranks = torch.zeros_like(block.thresholds)
     for index, count in enumerate(comparisons.num_queries):
         # Each positive met itself in the sum, at σ(0) = 1/2 where the rank has 1.
@@ -230,7 +224,7 @@ def _add_gradient(
     samples: Similarities,
     block: _Block,
     slopes: Float[Tensor, "queries positives"],
-    arithmetic: _Arithmetic,
+    sigmoid: _Sigmoid,
 ) -> None:
     """Hands `samples` the gradient that `slopes`, those of the loss by each rank, cause in the block's similarities.
 
@@ -238,20 +232,20 @@ def _add_gradient(
     z = x cancels, as it should.
     """
     lowest = torch.where(slopes != 0, block.thresholds, math.inf).amin(1, keepdim=True)
-    is_near = block.similarities > lowest - arithmetic.saturation * arithmetic.temperature
+    is_near = block.similarities > lowest - sigmoid.saturation * sigmoid.temperature
     if int(is_near.count_nonzero()) > MAX_SPARSE_SHARE * is_near.numel():
-        _add_dense_gradient(samples, block, slopes, arithmetic)
+        _add_dense_gradient(samples, block, slopes, sigmoid)
     else:
-        _add_sparse_gradient(samples, block, slopes, is_near, temperature=arithmetic.temperature)
+        _add_sparse_gradient(samples, block, slopes, is_near, temperature=sigmoid.temperature)
 
 
 def _add_dense_gradient(
     samples: Similarities,
     block: _Block,
     slopes: Float[Tensor, "queries positives"],
-    arithmetic: _Arithmetic,
+    sigmoid: _Sigmoid,
 ) -> None:
-    comparisons = _SoftComparisons(block, arithmetic)
+    comparisons = _SoftComparisons(block, sigmoid)
     pull = torch.zeros_like(block.similarities)
     pulls = torch.zeros_like(slopes)
     for index, count in enumerate(comparisons.num_queries):
@@ -260,7 +254,7 @@ def _add_dense_gradient(
         pull[:count].addcmul_(steepness, slopes[:count, index, None])
         pulls[:count, index] = steepness.sum(1)
     pull.scatter_add_(1, block.positives, -slopes * pulls)
-    samples.add_gradient(block.queries, pull.div_(arithmetic.temperature))
+    samples.add_gradient(block.queries, pull.div_(sigmoid.temperature))
 
 
 def _add_sparse_gradient(

@@ -1,37 +1,11 @@
-"""Small pictures on disk, and a shard set made of them."""
+"""Shard sets that several files test with."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from data_pipelines.settings import ClassFoldersSettings, ShardSettings
 from data_pipelines.shard_set import ShardSet
-from data_pipelines.shard_writer import write_shards
-from data_pipelines.sources.class_folders import ClassFolders
-
-SMALL_SHARDS = ShardSettings(max_shard_bytes=4 << 10)
-
-
-def write_picture(path: Path, seed: int, *, size: tuple[int, int] = (40, 30)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size).save(path)
-
-
-def write_class_folders(root: Path, images_of_class: Mapping[str, int]) -> Path:
-    seed = 0
-    for name, num_images in images_of_class.items():
-        for index in range(num_images):
-            write_picture(root / name / f"{index:02d}.jpg", seed, size=(40 + seed % 5, 30 + seed % 7))
-            seed += 1
-    return root
-
-
-def write_small_shards(source: Path, folder: Path, **settings) -> ShardSet:
-    return write_shards(ClassFolders(ClassFoldersSettings(folder=source, **settings)), folder, SMALL_SHARDS)
+from tests.unit.data_pipelines.small_shards import write_class_folders, write_small_shards
 
 
 @pytest.fixture
@@ -44,7 +18,7 @@ def pictures(tmp_path: Path) -> Path:
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """Train: five classes of 2 to 6 pictures. Test: two classes. Several shards each; never changed by tests."""
     root = tmp_path_factory.mktemp("shared")
-    write_class_folders(root / "pictures" / "train", {f"class {n}": n for n in range(2, 7)})
-    write_class_folders(root / "pictures" / "test", {"seven": 4, "eight": 3})
+    train = {f"train/class {n}": n for n in range(2, 7)}
+    write_class_folders(root / "pictures", {**train, "test/seven": 4, "test/eight": 3})
     with write_small_shards(root / "pictures", root / "shards") as opened:
         yield opened

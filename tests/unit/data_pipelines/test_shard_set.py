@@ -69,7 +69,7 @@ def manifest_fields(shard_set: ShardSet) -> dict:
     return {name: getattr(shard_set.manifest, name) for name in shard_set.manifest.__slots__}
 
 
-def test_forked_and_threaded_readers_agree(shard_set):
+def test_threads_read_what_one_reader_reads(shard_set):
     expected = [shard_set.read_bytes(row) for row in range(shard_set.num_samples)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(shard_set.read_bytes, list(range(shard_set.num_samples)) * 5)) == expected * 5
@@ -135,7 +135,7 @@ def test_a_missing_shard_is_named(copied):
         list(read_shard(copied, name))
     with pytest.raises(ChecksumMismatch, match=f"{name} is missing"):
         copied.check()
-    with pytest.raises(DataError, match="has no shard 'x.tar'"):
+    with pytest.raises(DataError, match="has no shard"):
         list(read_shard(copied, "x.tar"))
 
 

@@ -1,5 +1,6 @@
 """The same pictures give the same bytes: with any number of processes, and after any kill."""
 
+import gc
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import SMALL_SHARDS, write_class_folders, write_picture, write_small_shards
 from PIL import Image
 from pyarrow import parquet
 
@@ -23,6 +23,12 @@ from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
 from data_pipelines.sources.listing import Listing
 from lookalike.errors import ArtifactError, DataError, ResourceError
+from tests.unit.data_pipelines.small_shards import (
+    SMALL_SHARDS,
+    write_class_folders,
+    write_picture,
+    write_small_shards,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,15 +50,20 @@ def test_the_table_describes_every_picture(pictures, tmp_path):
     for row, sample in enumerate(shard_set.samples.to_pylist()):
         original = pictures / sample["class_name"] / f"{sample['key'].rpartition('/')[2]}.jpg"
         assert shard_set.read_bytes(row) == original.read_bytes()
-        assert Image.open(original).size == (sample["width"], sample["height"])
+        with Image.open(original) as image:
+            assert image.size == (sample["width"], sample["height"])
         assert shard_set.class_names[sample["label"]] == sample["class_name"]
         assert (sample["split"], sample["extension"]) == ("all", "jpg")
 
 
+# The library leaves closing its shards to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_any_webdataset_reader_opens_the_shards(shard_set):
     paths = [str(shard_set.folder / name) for name in shard_set.shard_names]
     stream = webdataset.WebDataset(paths, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json")
     samples = list(stream)
+    del stream
+    gc.collect()
     assert [key for key, _, _ in samples] == shard_set.samples["key"].to_pylist()
     for (_, image, facts), row in zip(samples, shard_set.samples.to_pylist(), strict=True):
         assert image.size == (row["width"], row["height"])
@@ -217,7 +228,7 @@ def test_bad_pictures_are_quarantined_and_counted(pictures, tmp_path):
         "vector.png": "not_an_image",
         "half.jpg": "truncated",
     }
-    assert all((shard_set.read_bytes(row) for row in range(20)))
+    assert all(shard_set.read_bytes(row) for row in range(20))
 
 
 def test_too_many_bad_pictures_are_an_error_that_names_their_list(pictures, tmp_path):

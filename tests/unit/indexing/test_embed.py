@@ -50,7 +50,9 @@ def test_every_picture_of_the_split_is_embedded_under_its_own_id(
     assert pq.read_table(block.with_suffix(".parquet")).column_names == ["id", "key"]
 
 
-def test_the_number_of_ranks_changes_nothing(encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_number_of_ranks_changes_nothing(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     alone = embed_shards(encoder, shard_set, tmp_path / "alone")
     monkeypatch.setattr(embed_module, "barrier", lambda world: None)
     # Rank 1 of 2 first: it only fills blocks. Rank 0 finds them, adds its own and publishes.
@@ -136,7 +138,7 @@ def test_half_precision_halves_the_file_and_reads_as_float32(
 
 
 def test_an_empty_split_and_damaged_blocks_are_named(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"split 'validation'.*\['test', 'train'\]"):
+    with pytest.raises(DataError, match=r"no split 'validation'; it has test, train"):
         embed_shards(encoder, shard_set, tmp_path / "e", split="validation")
     embed_shards(encoder, shard_set, tmp_path / "e", split="test")
     block = sorted((tmp_path / "e" / "blocks").glob("*.npy"))[0]

@@ -57,7 +57,7 @@ def test_an_unusable_file_is_a_settings_error(tmp_path: Path, content: str | byt
     file = tmp_path / "settings.yaml"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SettingsError, match="settings.yaml"):
+    with pytest.raises(SettingsError, match=r"settings\.yaml"):
         load_settings(Outer, file)
 
 

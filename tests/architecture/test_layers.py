@@ -1,0 +1,88 @@
+"""What import-linter does not say: who may import which library, and that our import names are ours."""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("lookalike", "data_pipelines", "training", "indexing", "evaluation", "serving", "demo")
+
+# library -> files or folders that may import it
+ALLOWED_IMPORTERS = {
+    "deepspeed": (),  # the training backend that needs it will be the one file
+    "faiss": ("indexing/", "lookalike/native_libraries.py"),
+    "fastapi": ("serving/",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
+    "webdataset": ("data_pipelines/",),
+    "torch.distributed": ("lookalike/collectives.py",),
+    "timm": ("lookalike/encoder.py",),
+    "typer": ("lookalike/console.py", "lookalike/doctor.py", *(f"{package}/__main__.py" for package in PACKAGES)),
+    "resvg_py": ("demo/emoji_pictures.py",),
+}
+
+
+def python_files() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("library", ALLOWED_IMPORTERS)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    offenders = [
+        file.relative_to(ROOT).as_posix()
+        for file in python_files()
+        if any(name == library or name.startswith(f"{library}.") for name in imported_modules(file))
+        and not file.relative_to(ROOT).as_posix().startswith(tuple(ALLOWED_IMPORTERS[library]) or ("nobody",))
+    ]
+    assert offenders == []
+
+
+def test_the_scan_sees_imports_inside_functions_and_from_submodules(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text("def f():\n    from torch import distributed\n    import faiss.contrib\n")
+    assert {"torch.distributed", "faiss.contrib"} <= set(imported_modules(file))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_third_party_owns_our_import_names(package: str) -> None:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).resolve() == ROOT / package / "__init__.py", f"{package} is imported from {spec.origin}"
+    owners = set(metadata.packages_distributions().get(package, ["lookalike"]))
+    assert owners == {"lookalike"}, f"{package} is also shipped by {owners - {'lookalike'}}"
+
+
+def test_every_package_is_one_of_the_house() -> None:
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found == set(PACKAGES)
+
+
+def test_nothing_happens_on_import() -> None:
+    """Importing a module must not configure logging or set the environment."""
+    offenders = []
+    for file in python_files():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if isinstance(node, ast.Expr) else []
+            names = [ast.unparse(call.func) for call in calls]
+            offenders += [f"{file.relative_to(ROOT)}: {name}" for name in names]
+    assert offenders == []
+
+
+def test_files_stay_small_enough_to_hold_in_mind() -> None:
+    longest = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in python_files()}
+    assert {name: lines for name, lines in longest.items() if lines > 500} == {}

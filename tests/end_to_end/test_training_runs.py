@@ -1,0 +1,120 @@
+"""`lookalike train` as a user runs it: killed and resumed, alone and under torchrun."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lookalike.events import read_events
+
+NUM_STEPS = 12
+
+
+@pytest.fixture
+def config(tmp_path: Path, shards_folder: Path) -> Path:
+    """A network with dropout and stochastic depth, mixing and an average: everything with state or chance."""
+    tree = {
+        "shards": str(shards_folder),
+        "run": str(tmp_path / "run"),
+        "num_steps": NUM_STEPS,
+        "batch": {"classes_per_batch": 4, "images_per_class": 4, "chunk_size": 5, "num_kept_chunks": 1},
+        "encoder": {
+            "backbone": "resnet10t",
+            "projection_dim": 16,
+            "drop_rate": 0.2,
+            "drop_path_rate": 0.1,
+            "input": {"size": 32},
+        },
+        "loss": {"ks": [1, 2, 4], "rank_temperature": 0.05, "mixes_similarities": True},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "max_gradient_norm": 1.0},
+        "average_decay": 0.9,
+        "augmentation": {"crop_scale": [0.6, 1.0], "hue": 0.1, "rotation_degrees": 10},
+        "steps_per_checkpoint": 2,
+        "num_workers": 1,
+        "num_threads": 1,
+        "seed": 3,
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(config: Path, *overrides: str, launcher: tuple[str, ...] = ("-m", "training")) -> None:
+    result = subprocess.run(
+        [sys.executable, *launcher, str(config), *overrides], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder" / "encoder.safetensors")
+
+
+def kill_after_step(config: Path, run: Path, step: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training", str(config), f"run={run}"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while not any(event["step"] >= step for event in read_events(run / "events-rank0.jsonl", "step")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_bits_of_an_undisturbed_one(config: Path, tmp_path: Path) -> None:
+    train(config, f"run={tmp_path / 'undisturbed'}")
+    killed = tmp_path / "killed"
+    first = random.Random(os.urandom(8)).randrange(1, NUM_STEPS - 4)
+    for step in (first, first + 3):
+        kill_after_step(config, killed, step)
+        assert not (killed / "encoder").exists()
+    train(config, f"run={killed}", "num_workers=0")
+    steps = [event["step"] for event in read_events(killed / "events-rank0.jsonl", "step")]
+    assert len(steps) < 3 * NUM_STEPS - 4, "it must have resumed, not begun again"
+    expected, found = weights(tmp_path / "undisturbed"), weights(killed)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), f"{name} differs after kills at steps {first} and {first + 3}"
+
+
+def test_two_processes_train_the_encoder_of_one(config: Path, tmp_path: Path) -> None:
+    # Without dropout, whose masks depend on the chunks of a process; the learning rate is lowered since Adam turns
+    # a relative rounding difference of a vanishing gradient into a step of the learning rate.
+    plain = (
+        "num_steps=3",
+        "encoder.drop_rate=0",
+        "encoder.drop_path_rate=0",
+        "average_decay=null",
+        "optimizer.lr=1e-4",
+    )
+    train(config, *plain, f"run={tmp_path / 'one'}")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training")
+    train(config, *plain, f"run={tmp_path / 'two'}", launcher=torchrun)
+    losses = [
+        [event["loss"] for event in read_events(tmp_path / run / "events-rank0.jsonl", "step")]
+        for run in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    norms = [
+        [event["gradient_norm"] for event in read_events(tmp_path / run / "events-rank0.jsonl", "step")]
+        for run in ("one", "two")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        if value.is_floating_point():
+            # Three steps of at most 1e-4 each; a wrong factor or lost gradient would show as differences of that size.
+            assert float((two[name] - value).abs().mean()) < 1e-5, name

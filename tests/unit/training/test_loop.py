@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipelines.shard_set import ShardSet
+from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
+from lookalike.events import read_events
+from lookalike.settings import validate_settings
+from lookalike.world import World
+from training import loop
+from training.checkpoint import load_newest_checkpoint, save_checkpoint
+from training.loop import begin_or_resume, plan_batches, run_identity, take_step, train
+from training.settings import TrainSettings
+
+
+def settings_for(shards: Path, run: Path, **changes: object) -> TrainSettings:
+    tree: dict[str, object] = {
+        "shards": shards,
+        "run": run,
+        "num_steps": 3,
+        "batch": {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": 3},
+        "encoder": {"backbone": "resnet10t", "projection_dim": 8, "input": {"size": 32}},
+        "optimizer": {"lr": 1e-3},
+        "num_workers": 0,
+    }
+    return validate_settings(TrainSettings, {**tree, **changes}, where="test")
+
+
+def test_training_lowers_the_loss_on_the_pictures_it_sees(shards_folder: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards_folder, tmp_path / "run", num_steps=30, loss={"rank_temperature": 0.1, "ks": [1, 2]})
+    folder = train(settings)
+    steps = read_events(tmp_path / "run" / "events-rank0.jsonl", "step")
+    assert [event["step"] for event in steps] == list(range(30))
+    assert sum(e["loss_above_floor"] for e in steps[-4:]) < 0.7 * sum(e["loss_above_floor"] for e in steps[:4])
+    assert all(event["loss_above_floor"] > 0 for event in steps)
+    assert (folder / "encoder.safetensors").exists()
+    assert (tmp_path / "run" / "settings.yaml").read_text().startswith("# Resolved settings")
+
+
+def test_a_finished_run_is_reused_and_another_one_is_refused(shards_folder: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards_folder, tmp_path / "run", num_steps=1)
+    folder = train(settings)
+    before = (folder / "encoder.safetensors").stat().st_mtime_ns
+    assert train(settings) == folder
+    assert train(settings.model_copy(update={"num_workers": 1, "steps_per_checkpoint": 7})) == folder
+    assert (folder / "encoder.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ArtifactError, match="other settings or data"):
+        train(settings.model_copy(update={"seed": 1}))
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(shards_folder: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards_folder, tmp_path / "run")
+    with ShardSet.open(shards_folder) as shard_set:
+        state = begin_or_resume(settings, "an identity")
+        save_checkpoint(settings.run, state.state_dict(), step=1, identity="an identity", num_kept=2)
+        with pytest.raises(ArtifactError, match="other settings or data"):
+            begin_or_resume(settings, run_identity(settings, shard_set))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, {"step": step}, step=step, identity="x", num_kept=2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+    file = tmp_path / "checkpoints" / "step_000003" / "training_state.pt"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    state = load_newest_checkpoint(tmp_path, identity="x")
+    assert state is not None
+    assert state["step"] == 2
+    assert load_newest_checkpoint(tmp_path / "empty", identity="x") is None
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_move(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(shards_folder, tmp_path / "run")
+    state = begin_or_resume(settings, "x")
+    before = {name: value.clone() for name, value in state.encoder.state_dict().items()}
+    monkeypatch.setattr(loop, "recall_at_k_surrogate", lambda rows, *_, **__: rows.sum() * torch.nan)
+    pixels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(NonFiniteLoss, match="step 5: loss nan"):
+        take_step(state, pixels, torch.arange(8) // 2, settings, step=5, world=World())
+    for name, value in state.encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_batches_that_cannot_be_made_are_refused_by_name(shards_folder: Path, tmp_path: Path) -> None:
+    with ShardSet.open(shards_folder) as shard_set:
+        settings = settings_for(shards_folder, tmp_path, batch={"classes_per_batch": 7})
+        with pytest.raises(DataError, match="7 classes per batch"):
+            plan_batches(settings, shard_set, World())
+        odd = settings_for(shards_folder, tmp_path, batch={"classes_per_batch": 3, "images_per_class": 3})
+        with pytest.raises(SettingsError, match="do not divide over 2 processes"):
+            plan_batches(odd, shard_set, World(0, 2))
+        nowhere = settings_for(shards_folder, tmp_path, split="validation")
+        with pytest.raises(DataError, match="validation"):
+            plan_batches(nowhere, shard_set, World())
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(shards_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="warmup_steps must stay below"):
+        settings_for(shards_folder, tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 3})
