@@ -15,10 +15,8 @@ def raw_pixel_vectors(
 ) -> tuple[Float32[ndarray, "pictures dim"], Int64[ndarray, "pictures"]]:
     """Unit vectors of `3 * size * size` pixel values, each picture's mean removed, and the pictures' ids."""
     transform = EvaluationTransform(InputSettings(size=size, interpolation="bilinear"))
-    shards = shard_set.samples["shard"]
-    names = sorted({shards[int(row)].as_py() for row in shard_set.rows(split)})
     pixels, rows = [], []
-    for name in names:
+    for name in shard_set.shards_of(split):
         for batch in evaluation_batches(shard_set, name, transform, batch_size=512):
             pixels.append(np.asarray(batch.pixels, np.float32).reshape(len(batch.rows), 3 * size * size))
             rows.append(np.asarray(batch.rows, np.int64))

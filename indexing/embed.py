@@ -58,7 +58,7 @@ def embed_shards(
     identity = embedding_identity(encoder, shard_set, split=split, settings=settings)
     if folder.exists():
         return _reuse(folder, identity)
-    names = _shards_of_split(shard_set, split)
+    names = shard_set.shards_of(split)
     staging = folder.with_name(f"{folder.name}.partial")
     if world.is_first:
         _prepare_staging(staging, identity=identity)
@@ -115,11 +115,6 @@ def _embed_shard(
     if not ids:
         return np.zeros((0, encoder.dim), settings.storage), np.zeros(0, np.int64), skipped
     return np.concatenate(vectors).astype(settings.storage), np.concatenate(ids), skipped
-
-
-def _shards_of_split(shard_set: ShardSet, split: str | None) -> list[str]:
-    shards = shard_set.samples["shard"]
-    return sorted({shards[int(row)].as_py() for row in shard_set.rows(split)})
 
 
 def _prepare_staging(staging: Path, *, identity: dict[str, object]) -> None:
