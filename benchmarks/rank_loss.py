@@ -5,12 +5,13 @@
 
 The loop is written from the formulas in the manner of the paper's released code: one query after another, virtual
 samples as embeddings, one backward pass at the end. Its cost per query does not depend on the query, so some queries
-are measured and scaled to all; so is the memory that it takes more for more queries, what autograd keeps of each.
+are measured and scaled to all.
 
 Every figure comes from a process of its own. CPU seconds are of all threads, loss and gradient together, the least of
-the repeats. Memory is the highest resident size (VmHWM) above the size with inputs in place, in a process whose
-allocator returns every block above 1 MB to the system at once, so that it holds live tensors and nothing else; that
-slows it down, hence time and memory are measured apart.
+the repeats. Memory of the loop is what autograd keeps for the backward pass, the bytes of all distinct storages it
+saves, and nothing else. Memory of the fused loss is all it takes: the highest resident size (VmHWM) above the size
+with inputs in place, in a process whose allocator returns every block above 1 MB to the system at once, so that it
+holds live tensors only. That slows it down, hence its time is measured in another process.
 """
 
 import argparse
@@ -78,15 +79,13 @@ def report(arguments: argparse.Namespace) -> str:
     ]
     for mixed in (False, True):
         for data in DATA:
-            seconds = {one: in_child(arguments, one, data, mixed)["seconds"] for one in ("loop", "fused")}
-            megabytes = {
-                one: in_child(arguments, one, data, mixed, MALLOC_MMAP_THRESHOLD_=str(1 << 20))["megabytes"]
-                for one in ("loop", "fused")
-            }
+            slow = in_child(arguments, "loop", data, mixed)
+            fast = in_child(arguments, "fused", data, mixed)
+            lean = in_child(arguments, "fused", data, mixed, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
             lines.append(
-                f"| {'yes' if mixed else 'no'} | {data} | {seconds['loop']:.1f} | {seconds['fused']:.2f} "
-                f"| {seconds['loop'] / seconds['fused']:.0f} | {megabytes['loop']:.0f} | {megabytes['fused']:.0f} "
-                f"| {megabytes['loop'] / megabytes['fused']:.0f} |"
+                f"| {'yes' if mixed else 'no'} | {data} | {slow['seconds']:.1f} | {fast['seconds']:.2f} "
+                f"| {slow['seconds'] / fast['seconds']:.0f} | {slow['megabytes']:.0f} | {lean['megabytes']:.0f} "
+                f"| {slow['megabytes'] / lean['megabytes']:.0f} |"
             )
     num_queries = {False: batch, True: batch * (images_per_class + 1) // 2}
     lines += [
@@ -122,39 +121,40 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     num_samples = len(labels) + (0 if mixing is None else len(mixing))
     queries = torch.linspace(0, num_samples - 1, min(arguments.queries_of_the_loop, num_samples)).long()
 
-    def run(queries: Tensor) -> None:
-        if arguments.measure == "fused":
-            fused(embeddings, labels, mixing)
-        else:
-            loop(embeddings, labels, mixing, queries)
-
     # Small, so that code is loaded but no memory taken.
     few = labels[: 8 * arguments.images_per_class]
     few_coefficients = mixing_coefficients(few, seed=0, step=0) if arguments.mixed else None
-    warm_up = (embeddings[: len(few)], few, few_coefficients)
+    fused(embeddings[: len(few)], few, few_coefficients)
     if arguments.measure == "fused":
-        fused(*warm_up)
-    else:
-        loop(*warm_up, queries[:1])
-    if arguments.measure == "fused":
-        seconds, megabytes = zip(*(cost(run, queries) for _ in range(arguments.repeats)), strict=True)
-        return {"seconds": min(seconds), "megabytes": megabytes[0]}
-    _, megabytes_of_half = cost(run, queries[::2])
-    seconds, megabytes = zip(*(cost(run, queries) for _ in range(arguments.repeats)), strict=True)
-    per_query = (megabytes[0] - megabytes_of_half) / (len(queries) - len(queries[::2]))
-    return {
-        "seconds": min(seconds) * num_samples / len(queries),
-        "megabytes": megabytes[0] + per_query * (num_samples - len(queries)),
-    }
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again from the present size
+        before = resident_megabytes("VmRSS")
+        seconds = [cpu_seconds(fused, embeddings, labels, mixing) for _ in range(arguments.repeats)]
+        return {"seconds": min(seconds), "megabytes": resident_megabytes("VmHWM") - before}
+    scale = num_samples / len(queries)
+    seconds = [cpu_seconds(loop, embeddings, labels, mixing, queries) for _ in range(arguments.repeats)]
+    megabytes = saved_megabytes(embeddings, labels, mixing, queries[:8]) / 8 * num_samples
+    return {"seconds": min(seconds) * scale, "megabytes": megabytes}
 
 
-def cost(run: Callable[[Tensor], None], queries: Tensor) -> tuple[float, float]:
-    """CPU seconds and peak megabytes above the present size."""
-    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again from the present size
-    before = resident_megabytes("VmRSS")
+def cpu_seconds(function: Callable[..., object], *arguments: object) -> float:
     start = time.process_time()
-    run(queries)
-    return time.process_time() - start, resident_megabytes("VmHWM") - before
+    function(*arguments)
+    return time.process_time() - start
+
+
+def saved_megabytes(embeddings: Tensor, labels: Tensor, mixing: Tensor | None, queries: Tensor) -> float:
+    """What autograd keeps of each query, without what all of them share: tensors of all samples' embeddings."""
+    sizes: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < embeddings.nbytes:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        loop(embeddings, labels, mixing, queries)
+    return sum(sizes.values()) / 1e6
 
 
 def make_embeddings(labels: Tensor, dim: int, data: str) -> Tensor:
