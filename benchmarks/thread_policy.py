@@ -46,7 +46,9 @@ def main() -> None:
     if sys.argv[1:] == ["worker"]:
         worker()
     spinning, sleeping = seconds_beside_another("ACTIVE"), seconds_beside_another("PASSIVE")
-    print(f"{os.cpu_count()} cores, two training processes: spinning {spinning:.2f} s a step, sleeping {sleeping:.2f} s")
+    print(
+        f"{os.cpu_count()} cores, two training processes: spinning {spinning:.2f} s a step, sleeping {sleeping:.2f} s"
+    )
     print(f"ratio {spinning / sleeping:.1f}")
 
 

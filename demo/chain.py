@@ -5,6 +5,7 @@ an interrupted demo continues where it was, and a finished one is up in seconds.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from data_pipelines.settings import ClassFoldersSettings, ShardSettings
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
-from demo.emoji_pictures import fetch_vendor_packages, render_pictures
+from demo.emoji_pictures import ATTRIBUTION_FILE, fetch_vendor_packages, render_pictures
 from evaluation.run import evaluate_embedding_sets
 from indexing.build import build_index
 from indexing.embed import embed_shards
@@ -54,7 +55,8 @@ def emoji_demo(folder: Path, *, overrides: list[str]) -> DemoResult:
     """Emoji of six vendors: trains on half of the things drawn, and searches among the other half."""
     with _step("pictures: fetch and render emoji of six vendors"):
         packages = fetch_vendor_packages(folder / "packages")
-        render_pictures(packages, folder / "pictures", _EMOJI_SIZE)
+        render_pictures(packages, folder / "pictures", _EMOJI_SIZE, num_processes=num_cores())
+        shutil.copy(folder / "pictures" / ATTRIBUTION_FILE, folder / ATTRIBUTION_FILE)  # shards hold the pictures, too
     with _step("shards: pack the pictures"):
         shards = _write_shards(ClassFoldersSettings(folder=folder / "pictures"), folder / "shards")
     settings = _recipe(folder, overrides)

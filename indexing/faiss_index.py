@@ -14,7 +14,7 @@ from lookalike.exact_search import merge_hits, require_searchable
 from lookalike.native_libraries import load_faiss
 from lookalike.records import SearchHits, SearchParameters
 
-_IVF_TYPE = re.compile(r"IVF([1-9]\d*),Flat")
+_IVF_TYPE = re.compile(r"IVF([2-9]|[1-9]\d+),Flat")
 # k-means wants at least this many vectors per partition before faiss warns (its min_points_per_centroid).
 _FEWEST_PER_PARTITION = 39
 _MOST_PER_PARTITION = 256

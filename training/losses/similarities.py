@@ -7,15 +7,17 @@ from torch import Tensor
 from training.losses.mixing import Mixture
 from training.losses.sparse_matrix import sparse_matrix
 
-# Per entry, a list of pairs costs about as much as 8 entries of a dense matrix.
+# A list of pairs costs several times more per entry than a dense matrix does; where they meet matters little.
 MAX_SPARSE_SHARE = 1 / 8
 # Bounds a list of pairs to 3 MB; a learned batch of 4096 has some 50,000.
 _MAX_PENDING_PAIRS = 1 << 17
 
 
 class ImageSimilarities:
-    """Inner products of all embeddings with all of them, the gallery. A row costs 2 * batch * dim operations, its
-    gradient at most twice that."""
+    """Inner products of all embeddings with all of them, the gallery.
+
+    A row costs 2 * batch * dim operations, its gradient at most twice that.
+    """
 
     def __init__(self, embeddings: Float[Tensor, "batch dim"]) -> None:
         self.embeddings = embeddings

@@ -145,7 +145,7 @@ def smooth_rank_loss(
     Returns:
         In the dtype of `embeddings`. Without a single positive, loss and gradient are 0.
 
-    Memory above the arguments: one or two gradients and some ten blocks of 4 MB. On CPU the result is the same to
+    Memory above the arguments: one or two gradients and about six blocks of 4 MB. On CPU the result is the same to
     the bit for the same number of threads.
     """
     samples = ImageSimilarities(embeddings) if mixture is None else MixedSimilarities(embeddings, mixture)
