@@ -6,7 +6,6 @@ index read from disk, and the HTTP API.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
