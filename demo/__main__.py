@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lookalike.console import new_app, print_result, run_command
+from lookalike.errors import ArtifactError
 
 app = new_app("The whole chain on real pictures.")
 
@@ -33,10 +34,13 @@ def demo(
 
     started = time.monotonic()
     folder = out or Path("demo_run" if images is None else f"demo_run_{images.resolve().name}")
-    if images is None:
-        result = emoji_demo(folder, overrides=overrides or [])
-    else:
-        result = own_pictures_demo(images, folder, overrides=overrides or [])
+    try:
+        if images is None:
+            result = emoji_demo(folder, overrides=overrides or [])
+        else:
+            result = own_pictures_demo(images, folder, overrides=overrides or [])
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} To begin the demo anew, remove {folder}.") from error
     numbers = {
         "index": str(result.index),
         "report": str(result.report) if result.report else None,

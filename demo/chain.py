@@ -7,6 +7,7 @@ an interrupted demo continues where it was, and a finished one is up in seconds.
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,10 +120,8 @@ def _recipe(folder: Path, overrides: list[str]) -> TrainSettings:
 def _own_pictures_settings(shards: ShardSet, folder: Path, overrides: list[str], *, split: str | None) -> TrainSettings:
     """The emoji recipe, fitted to the number of classes and pictures at hand."""
     rows = shards.rows(split)
-    labels = shards.labels[rows]
-    _, class_sizes = _sizes(labels)
     recipe = _recipe(folder, [])
-    num_usable = sum(size >= 2 for size in class_sizes)
+    num_usable = sum(size >= 2 for size in Counter(shards.labels[rows].tolist()).values())
     if num_usable < 2:
         raise DataError(
             "training needs at least two classes with two pictures each. Give a flat folder to only search."
@@ -140,13 +139,6 @@ def _own_pictures_settings(shards: ShardSet, folder: Path, overrides: list[str],
         "augmentation.flip_probability=0.5",
     ]
     return _recipe(folder, [*fitted, *overrides])
-
-
-def _sizes(labels: Any) -> tuple[Any, list[int]]:
-    import numpy as np
-
-    names, sizes = np.unique(labels[labels >= 0], return_counts=True)
-    return names, [int(size) for size in sizes]
 
 
 def _write_shards(source: ClassFoldersSettings, folder: Path) -> ShardSet:

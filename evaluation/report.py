@@ -17,11 +17,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from data_pipelines.shard_set import ShardSet
 from evaluation.bootstrap import Estimate
 from evaluation.leave_one_out import LeaveOneOutResult, paired_difference
-from lookalike.artifacts import Manifest, fingerprint, publishing, versions, write_manifest
+from lookalike.artifacts import (
+    Manifest,
+    fingerprint,
+    publishing,
+    read_manifest,
+    verify_files,
+    versions,
+    write_manifest,
+)
+from lookalike.errors import ArtifactError
 
 EVALUATION_KIND = "evaluation"
 EVALUATION_VERSION = 1
 REPORT_NAME = "report.html"
+_RESULT_NAME = "result.json"
 _NUM_EXAMPLES = 12
 _NUM_SHOWN = 8
 _MEDIA_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp"}
@@ -80,19 +90,44 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def read_evaluation(folder: Path, *, parents: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The numbers of an evaluation that was made from these parents with these settings, or None."""
+    try:
+        manifest = read_manifest(folder, kind=EVALUATION_KIND, newest_version=EVALUATION_VERSION)
+    except ArtifactError:
+        return None
+    if dict(manifest.parents) != dict(parents) or dict(manifest.settings) != dict(settings):
+        return None
+    verify_files(folder, manifest)
+    summary: dict[str, Any] = json.loads((folder / _RESULT_NAME).read_text(encoding="utf-8"))
+    return summary
+
+
 def write_evaluation(
-    folder: Path, contenders: Sequence[Contender], shard_set: ShardSet, *, title: str, command: str
+    folder: Path,
+    contenders: Sequence[Contender],
+    shard_set: ShardSet,
+    *,
+    parents: Mapping[str, str],
+    settings: Mapping[str, Any],
+    title: str,
+    command: str,
 ) -> dict[str, Any]:
-    """Publishes `result.json`, `per_query.parquet` and `report.html` and returns the numbers."""
+    """Publishes numbers, values per query and the report at `folder`, in place of an older evaluation there.
+
+    Raises:
+        ArtifactError: `folder` holds something that is not an evaluation.
+    """
+    if folder.exists():
+        read_manifest(folder, kind=EVALUATION_KIND, newest_version=EVALUATION_VERSION)
     summary = summarise(contenders)
     with publishing(folder, replace=True) as temporary:
-        (temporary / "result.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (temporary / _RESULT_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         pq.write_table(_per_query_table(contenders), temporary / "per_query.parquet")
         page = _render(contenders, shard_set, summary, title=title, command=command)
         (temporary / REPORT_NAME).write_text(page, encoding="utf-8")
-        parents = {"shards": shard_set.fingerprint}
         details = {"ground_truth": summary["ground_truth"], "num_queries": summary["num_queries"]}
-        write_manifest(temporary, Manifest(EVALUATION_KIND, EVALUATION_VERSION, parents, details))
+        write_manifest(temporary, Manifest(EVALUATION_KIND, EVALUATION_VERSION, parents, details, settings))
     return summary
 
 

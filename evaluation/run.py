@@ -9,7 +9,14 @@ import numpy as np
 from data_pipelines.shard_set import ShardSet
 from evaluation.leave_one_out import Ranker, evaluate_leave_one_out, without_query
 from evaluation.raw_pixels import raw_pixel_vectors
-from evaluation.report import REPORT_NAME, Contender, summarise, table_lines, write_evaluation
+from evaluation.report import (
+    REPORT_NAME,
+    Contender,
+    read_evaluation,
+    summarise,
+    table_lines,
+    write_evaluation,
+)
 from indexing.embedding_set import EmbeddingSet
 from indexing.published_index import PublishedIndex
 from lookalike.artifacts import require_parent
@@ -32,7 +39,8 @@ def evaluate_embedding_sets(
     Args:
         names: Shown for each set; folder names where None.
         index_folder: Ranks the last set by an index; its share of the exact neighbours is not measured here.
-        out: Where to publish numbers and report; nothing is written where None.
+        out: Where to publish numbers and report; nothing is written where None. An evaluation of the same sets with
+            the same settings that is there already is read instead.
 
     Raises:
         ManifestMismatch: the sets hold different pictures, or the index was built from another set.
@@ -48,12 +56,20 @@ def evaluate_embedding_sets(
                     f"{embeddings.folder} and {sets[-1].folder} hold different pictures; a comparison needs the same. "
                     "Embed both with the same --split."
                 )
+        names = list(names or _distinct_names(folders))
+        index = _open_index(sets[-1], index_folder) if index_folder else None
+        parents = {"shards": shard_set.fingerprint, **{f"embeddings {i}": e.fingerprint for i, e in enumerate(sets)}}
+        if index:
+            parents["index"] = index.fingerprint
+        settings = {"names": names, "ks": list(ks), "with_raw_pixels": with_raw_pixels, "title": title}
+        finished = read_evaluation(out, parents=parents, settings=settings) if out else None
+        if out and finished:
+            return finished, [*table_lines(finished), f"report: {out / REPORT_NAME}"]
         contenders = []
         if with_raw_pixels:
             contenders.append(_raw_pixels(shard_set, sets[-1], ks))
-        for name, embeddings in zip(names or [folder.name for folder in folders], sets, strict=True):
-            is_last = embeddings is sets[-1]
-            rank = _index_ranker(embeddings, index_folder) if index_folder and is_last else None
+        for name, embeddings in zip(names, sets, strict=True):
+            rank = _index_ranker(index) if index and embeddings is sets[-1] else None
             result = evaluate_leave_one_out(
                 embeddings.vectors(), embeddings.ids, shard_set.labels[embeddings.ids], ks=ks, rank=rank
             )
@@ -68,8 +84,15 @@ def evaluate_embedding_sets(
             summary = summarise(contenders)
             return summary, table_lines(summary)
         command = "lookalike evaluate " + " ".join(str(folder) for folder in folders)
-        summary = write_evaluation(out, contenders, shard_set, title=title, command=command)
+        summary = write_evaluation(
+            out, contenders, shard_set, parents=parents, settings=settings, title=title, command=command
+        )
         return summary, [*table_lines(summary), f"report: {out / REPORT_NAME}"]
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _raw_pixels(shard_set: ShardSet, like: EmbeddingSet, ks: Sequence[int]) -> Contender:
@@ -79,10 +102,13 @@ def _raw_pixels(shard_set: ShardSet, like: EmbeddingSet, ks: Sequence[int]) -> C
     return Contender("raw pixels", result, {"transform": "32x32, mean removed", "ranked by": "brute force"})
 
 
-def _index_ranker(embeddings: EmbeddingSet, folder: Path) -> Ranker:
+def _open_index(embeddings: EmbeddingSet, folder: Path) -> PublishedIndex:
     index = PublishedIndex.open(folder)
     require_parent(index.folder, index.manifest, "embeddings", found=embeddings.fingerprint, parent=embeddings.folder)
+    return index
 
+
+def _index_ranker(index: PublishedIndex) -> Ranker:
     def rank(queries: np.ndarray, query_ids: np.ndarray, depth: int) -> np.ndarray:
         return without_query(index.search(queries, SearchParameters(k=depth + 1)).ids, query_ids)
 

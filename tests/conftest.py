@@ -8,11 +8,16 @@ from lookalike.native_libraries import set_thread_policy
 
 set_thread_policy()
 
+import torch  # noqa: E402
+
 from data_pipelines.settings import ClassFoldersSettings, ShardSettings  # noqa: E402
 from data_pipelines.shard_set import ShardSet  # noqa: E402
 from data_pipelines.shard_writer import write_shards  # noqa: E402
 from data_pipelines.sources.class_folders import ClassFolders  # noqa: E402
 from tests.drawn_pictures import draw_class_folders  # noqa: E402
+
+# Test processes run side by side and their tensors are small: one thread each is fastest.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

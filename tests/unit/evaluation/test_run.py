@@ -13,7 +13,7 @@ from indexing.embed import embed_shards
 from lookalike.artifacts import read_manifest, verify_files
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
-from lookalike.errors import ManifestMismatch
+from lookalike.errors import ArtifactError, ManifestMismatch
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +63,21 @@ def test_sets_of_other_pictures_and_foreign_indexes_are_refused(folders: dict[st
         evaluate_embedding_sets([folders["train"], folders["first"]])
     with pytest.raises(ManifestMismatch, match="was made from embeddings"):
         evaluate_embedding_sets([folders["first"]], index_folder=folders["train_index"])
+
+
+def test_a_finished_evaluation_is_read_and_another_one_replaces_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = evaluate_embedding_sets([folders["first"]], out=tmp_path / "report")
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.run.evaluate_leave_one_out", None)  # would fail if anything were measured again
+        again, lines = evaluate_embedding_sets([folders["first"]], out=tmp_path / "report")
+    assert again == first
+    assert any("report.html" in line for line in lines)
+    other, _ = evaluate_embedding_sets([folders["first"]], ks=(1, 2), out=tmp_path / "report")
+    assert "R@2" in other["contenders"]["first"]["metrics"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="not a finished evaluation"):
+        evaluate_embedding_sets([folders["first"]], out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").exists()

@@ -362,11 +362,9 @@ def test_live_fraction_tells_a_batch_that_teaches_from_one_that_does_not():
     assert recall_at_k_with_gradient(random_embeddings(1024), labels, ks=(1,)).live_fraction < 0.2
 
 
-@pytest.mark.parametrize("definition", DEFINITIONS)
-@pytest.mark.parametrize("is_mixed", [False, True])
+# Not "released" with mixing: there a query ranks itself, and a virtual one not first, so nothing reaches the floor.
+@pytest.mark.parametrize(("definition", "is_mixed"), [("paper", False), ("paper", True), ("released", False)])
 def test_floor_is_the_loss_of_a_perfect_ranking(definition, is_mixed):
-    if definition == "released" and is_mixed:
-        pytest.skip("a virtual query is not the nearest to itself, so the floor is not reached exactly")
     labels = torch.arange(120) // 4
     labels[:50] = torch.arange(50) // 5
     labels[119] = 30  # alone
