@@ -171,10 +171,15 @@ def load_encoder(folder: Path) -> Encoder:
     settings = validate_settings(EncoderSettings, tree, where=str(folder / _SETTINGS_NAME))
     encoder = create_encoder(settings)
     try:
-        encoder.load_state_dict(load_file(folder / _WEIGHTS_NAME))
+        encoder.load_state_dict(read_weights(folder))
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: weights do not fit the settings beside them: {error}") from error
     return encoder.eval()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights stored in an encoder's folder, on the CPU."""
+    return load_file(folder / _WEIGHTS_NAME)
 
 
 def _num_features(backbone: nn.Module) -> int:

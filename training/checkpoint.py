@@ -1,32 +1,50 @@
-"""Checkpoints: encoder and everything needed to resume to the same bits, published atomically."""
+"""Checkpoints: a usable encoder and everything needed to resume to the same bits, published atomically."""
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lookalike.artifacts import Manifest, publishing, read_manifest, verify_files, write_manifest
+from lookalike.encoder import Encoder, read_weights, write_encoder
 from lookalike.errors import ArtifactError
 
 CHECKPOINT_KIND = "checkpoint"
 CHECKPOINT_VERSION = 1
+_ENCODER_FOLDER = "encoder"
 _STATE_NAME = "training_state.pt"
 
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(run: Path, state: dict[str, Any], *, step: int, identity: str, num_kept: int) -> Path:
-    """Publishes the state after `step` optimizer steps and removes all but the last `num_kept` checkpoints.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    step: int  # optimizer steps done
+    weights: dict[str, Tensor]  # of the encoder that would be embedded with
+    state: dict[str, Any]  # all else
+
+
+def save_checkpoint(
+    run: Path, encoder: Encoder, state: dict[str, Any], *, step: int, identity: str, num_kept: int
+) -> Path:
+    """Publishes encoder and state after `step` optimizer steps and removes all but the last `num_kept` checkpoints.
 
     Args:
-        state: Tensors, numbers and plain containers of them.
+        encoder: Stored as an encoder artifact, ready to embed with.
+        state: What else a resumed run needs: tensors, numbers and plain containers of them.
         identity: Fingerprint of settings and data; a resume with another one is refused.
     """
     folder = _folder(run, step)
     # A step is repeated when the newest checkpoint was damaged and the run went on from an older one.
     with publishing(folder, replace=True) as temporary:
+        (temporary / _ENCODER_FOLDER).mkdir()
+        write_encoder(encoder, temporary / _ENCODER_FOLDER)
         torch.save(state, temporary / _STATE_NAME)
         details = {"step": step, "identity": identity}
         write_manifest(temporary, Manifest(CHECKPOINT_KIND, CHECKPOINT_VERSION, details=details))
@@ -35,8 +53,8 @@ def save_checkpoint(run: Path, state: dict[str, Any], *, step: int, identity: st
     return folder
 
 
-def load_newest_checkpoint(run: Path, *, identity: str) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint, or None where a run begins.
+def load_newest_checkpoint(run: Path, *, identity: str) -> Checkpoint | None:
+    """The newest whole checkpoint, or None where a run begins.
 
     A damaged checkpoint is passed over with a warning; older ones are tried.
 
@@ -54,8 +72,11 @@ def load_newest_checkpoint(run: Path, *, identity: str) -> dict[str, Any] | None
             raise ArtifactError(
                 f"{run} holds a run with other settings or data. Choose another run folder, or remove this one."
             )
-        state: dict[str, Any] = torch.load(folder / _STATE_NAME, weights_only=True, map_location="cpu")
-        return state
+        return Checkpoint(
+            step=manifest.details["step"],
+            weights=read_weights(folder / _ENCODER_FOLDER),
+            state=torch.load(folder / _STATE_NAME, weights_only=True, map_location="cpu"),
+        )
     return None
 
 

@@ -25,7 +25,7 @@ from lookalike.progress import Progress
 from lookalike.settings import dump_settings
 from lookalike.world import World
 from training.batch_metrics import hit_rate_of_batch
-from training.checkpoint import load_newest_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from training.distributed_loss import score_across_ranks
 from training.large_batch import backward_large_batch, chunk_device, freeze_batch_norm
 from training.losses import mixing_coefficients, recall_at_k_surrogate, surrogate_floor
@@ -37,27 +37,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """All that changes from step to step; whatever a resumed run needs is in its state dict."""
+    """All that changes from step to step."""
 
     encoder: Encoder
     optimizer: torch.optim.Optimizer
     average: Encoder | None  # exponential moving average of the weights
     step: int = 0
 
+    @property
+    def result(self) -> Encoder:
+        """The encoder to embed with."""
+        return self.average or self.encoder
+
     def state_dict(self) -> dict[str, Any]:
+        """All but the step and the weights of `result`, which a checkpoint stores as an encoder."""
         return {
-            "step": self.step,
-            "encoder": self.encoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
+            "averaged_encoder": self.encoder.state_dict() if self.average else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.encoder.load_state_dict(state["encoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        self.result.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.encoder.load_state_dict(checkpoint.state["averaged_encoder"])
 
 
 def train(settings: TrainSettings, *, world: World = World()) -> Path:
@@ -80,7 +84,7 @@ def train(settings: TrainSettings, *, world: World = World()) -> Path:
             _describe_run(settings, identity)
         run_steps(state, settings, shard_set, identity=identity, world=world)
     if world.is_first:
-        save_encoder(state.average or state.encoder, encoder_folder)
+        save_encoder(state.result, encoder_folder)
     barrier(world)
     return encoder_folder
 
@@ -116,6 +120,7 @@ def run_steps(
             if world.is_first and (state.step % settings.steps_per_checkpoint == 0 or is_last):
                 save_checkpoint(
                     settings.run,
+                    state.result,
                     state.state_dict(),
                     step=state.step,
                     identity=identity,
@@ -228,9 +233,9 @@ def begin_or_resume(settings: TrainSettings, identity: str) -> TrainingState:
         raise SettingsError(str(error)) from error
     average = copy.deepcopy(encoder).requires_grad_(False) if settings.average_decay is not None else None
     state = TrainingState(encoder, create_optimizer(encoder, settings.optimizer), average)
-    saved = load_newest_checkpoint(settings.run, identity=identity)
-    if saved is not None:
-        state.load_state_dict(saved)
+    checkpoint = load_newest_checkpoint(settings.run, identity=identity)
+    if checkpoint is not None:
+        state.load(checkpoint)
         logger.info("resuming %s after step %d", settings.run, state.step)
     return state
 

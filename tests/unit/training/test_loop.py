@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from data_pipelines.shard_set import ShardSet
+from lookalike.encoder import create_encoder, load_encoder
+from lookalike.encoder_settings import EncoderSettings
 from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
 from lookalike.events import read_events
 from lookalike.settings import validate_settings
@@ -53,22 +55,25 @@ def test_an_unfinished_run_with_other_settings_is_refused(shards_folder: Path, t
     settings = settings_for(shards_folder, tmp_path / "run")
     with ShardSet.open(shards_folder) as shard_set:
         state = begin_or_resume(settings, "an identity")
-        save_checkpoint(settings.run, state.state_dict(), step=1, identity="an identity", num_kept=2)
+        save_checkpoint(settings.run, state.encoder, state.state_dict(), step=1, identity="an identity", num_kept=2)
         with pytest.raises(ArtifactError, match="other settings or data"):
             begin_or_resume(settings, run_identity(settings, shard_set))
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: Path) -> None:
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t"))
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {"step": step}, step=step, identity="x", num_kept=2)
+        save_checkpoint(tmp_path, encoder, {"some": step}, step=step, identity="x", num_kept=2)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
     file = tmp_path / "checkpoints" / "step_000003" / "training_state.pt"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    state = load_newest_checkpoint(tmp_path, identity="x")
-    assert state is not None
-    assert state["step"] == 2
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (2, {"some": 2})
+    # A checkpoint's encoder is one to embed with.
+    assert load_encoder(tmp_path / "checkpoints" / "step_000002" / "encoder").fingerprint == encoder.fingerprint
     assert load_newest_checkpoint(tmp_path / "empty", identity="x") is None
 
 
