@@ -1,5 +1,6 @@
 """`lookalike demo`: the whole chain on real pictures."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,10 @@ import typer
 
 from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import ArtifactError
+from lookalike.settings import validate_settings
+from serving.settings import ServingSettings
+
+_MARKER_NAME = "DEMO"
 
 app = new_app("The whole chain on real pictures.")
 
@@ -30,10 +35,18 @@ def demo(
     Without --images: emoji drawn by six vendors, trained on half of the things drawn, searched among the other half.
     Interrupt it at any point; the same command continues.
     """
-    from demo.chain import emoji_demo, own_pictures_demo
-
     started = time.monotonic()
     folder = out or Path("demo_run" if images is None else f"demo_run_{images.resolve().name}")
+    settings = validate_settings(
+        ServingSettings, {"index": folder / "index", "host": host, "port": port}, where="options of demo"
+    )
+    _claim(folder)
+    if serve:
+        from serving.server import require_free_port
+
+        require_free_port(host, port)
+    from demo.chain import emoji_demo, own_pictures_demo
+
     try:
         if images is None:
             result = emoji_demo(folder, overrides=overrides or [])
@@ -48,14 +61,27 @@ def demo(
         "evaluation": result.summary,
     }
     print_result(numbers, as_json=as_json, lines=lambda: [*result.lines, f"{numbers['seconds']} seconds in all"])
+    sys.stdout.flush()
     if serve:
         from serving.server import serve as serve_index
-        from serving.settings import ServingSettings
 
         serve_index(
-            ServingSettings(index=result.index, host=host, port=port),
-            on_ready=lambda server: print(f"Search page: {server.url}  (Ctrl-C ends it)", flush=True),
+            settings,
+            on_ready=lambda server: print(f"Search page: {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True),
         )
+
+
+def _claim(folder: Path) -> None:
+    """Marks the demo's folder as its own, so that nobody is ever told to remove another one.
+
+    Raises:
+        ArtifactError: the folder holds something and was not begun by the demo.
+    """
+    marker = folder / _MARKER_NAME
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ArtifactError(f"{folder} holds something else than a demo. Choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("Made by `lookalike demo`; may be removed as a whole.\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike demo") -> None:

@@ -20,13 +20,13 @@ import yaml
 from data_pipelines.settings import ClassFoldersSettings, ShardSettings
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
-from data_pipelines.sources.class_folders import ClassFolders
+from data_pipelines.sources.class_folders import GIVEN_SPLITS, ClassFolders
 from demo.emoji_pictures import ATTRIBUTION_FILE, fetch_vendor_packages, render_pictures
 from evaluation.run import evaluate_embedding_sets
 from indexing.build import build_index
 from indexing.embed import embed_shards
 from lookalike.encoder import Encoder, create_pretrained_encoder, load_encoder, save_encoder
-from lookalike.errors import DataError
+from lookalike.errors import DataError, SettingsError
 from lookalike.native_libraries import load_torch, num_cores
 from lookalike.settings import apply_overrides, validate_settings
 from training.loop import train
@@ -36,7 +36,7 @@ _EMOJI_SIZE = 96  # pixels; what the page shows, and more than the encoder sees
 _FLAT_FOLDER_SIZE = 224  # pixels; nothing is trained, so the pretrained resolution pays
 _PHOTO_SIZE = 128  # pixels; a person's own classes are trained on in minutes at this size
 _HELD_OUT_CLASS_SHARE = 0.3
-_FEWEST_CLASSES_TO_HOLD_OUT = 6
+_MOST_SEEDS = 20
 _MOST_EPOCHS = 30
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,14 @@ class DemoResult:
 
 def emoji_demo(folder: Path, *, overrides: list[str]) -> DemoResult:
     """Emoji of six vendors: trains on half of the things drawn, and searches among the other half."""
+    settings = _recipe(folder, overrides)
     with _step("pictures: fetch and render emoji of six vendors"):
         packages = fetch_vendor_packages(folder / "packages")
         render_pictures(packages, folder / "pictures", _EMOJI_SIZE, num_processes=num_cores())
         shutil.copy(folder / "pictures" / ATTRIBUTION_FILE, folder / ATTRIBUTION_FILE)  # shards hold the pictures, too
     with _step("shards: pack the pictures"):
         shards = _write_shards(ClassFoldersSettings(folder=folder / "pictures"), folder / "shards")
-    settings = _recipe(folder, overrides)
-    encoder = _train(settings, folder)
+    encoder = _train(settings)
     frozen = _frozen_encoder(folder, image_size=settings.encoder.input.size)
     with _step("embeddings: the unseen classes, by the frozen and the trained encoder"):
         embed_shards(frozen, shards, folder / "embeddings" / "frozen", split="test")
@@ -76,27 +76,59 @@ def own_pictures_demo(pictures: Path, folder: Path, *, overrides: list[str]) -> 
     if not pictures.is_dir():
         raise DataError(f"--images {pictures} is not a folder.")
     source = ClassFoldersSettings(folder=pictures)
-    num_classes = len({picture.label for picture in ClassFolders(source).pictures()} - {None})
+    labels_of_split = _labels_of_split(source)
+    num_classes = len({label for labels in labels_of_split.values() for label in labels} - {None})
     if num_classes == 0:
+        if overrides:
+            raise SettingsError(
+                f"nothing is trained on a flat folder: {overrides[0]!r} has no effect. Leave it out."
+            )
         return _flat_folder_demo(source, folder)
-    holds_out = num_classes >= _FEWEST_CLASSES_TO_HOLD_OUT
-    if holds_out:
-        source = ClassFoldersSettings(folder=pictures, test_class_share=_HELD_OUT_CLASS_SHARE)
+    source, holds_out = _hold_out_classes(source, labels_of_split)
     with _step(f"shards: pack the pictures of {num_classes} classes"):
         shards = _write_shards(source, folder / "shards")
-    encoder = _train(_own_pictures_settings(shards, folder, overrides, split="train" if holds_out else None), folder)
+    encoder = _train(_own_pictures_settings(shards, folder, overrides, split="train" if holds_out else None))
     with _step("embeddings: all pictures"):
         everything = embed_shards(encoder, shards, folder / "embeddings" / "all")
     with _step("index: build and measure"):
         build_index(everything, folder / "index")
     if not holds_out:
-        note = f"{num_classes} classes are too few to hold some out, so nothing is measured on unseen ones."
+        note = "There are too few classes to hold some out, so nothing is measured on unseen ones."
         return DemoResult(folder / "index", None, None, [note])
     frozen = _frozen_encoder(folder, image_size=encoder.settings.input.size)
     with _step("embeddings: the unseen classes, by the frozen and the trained encoder"):
         embed_shards(frozen, shards, folder / "embeddings" / "frozen", split="test")
         embed_shards(encoder, shards, folder / "embeddings" / "trained", split="test")
     return _report(folder, title=f"Unseen classes of {pictures.name}")
+
+
+def _labels_of_split(source: ClassFoldersSettings) -> dict[str, list[str | None]]:
+    labels: dict[str, list[str | None]] = {}
+    for picture in ClassFolders(source).pictures():
+        labels.setdefault(picture.split, []).append(picture.label)
+    return labels
+
+
+def _hold_out_classes(
+    source: ClassFoldersSettings, labels_of_split: dict[str, list[str | None]]
+) -> tuple[ClassFoldersSettings, bool]:
+    """Folders train/ and test/ stay as they are; else the first seed whose two sides can be trained on and measured."""
+    if set(labels_of_split) == set(GIVEN_SPLITS):
+        return source, all(_is_measurable(labels) for labels in labels_of_split.values())
+    for seed in range(_MOST_SEEDS):
+        attempt = source.model_copy(update={"test_class_share": _HELD_OUT_CLASS_SHARE, "seed": seed})
+        try:
+            sides = _labels_of_split(attempt)
+        except DataError:  # this seed leaves one side without classes
+            continue
+        if all(_is_measurable(labels) for labels in sides.values()):
+            return attempt, True
+    return source, False
+
+
+def _is_measurable(labels: list[str | None]) -> bool:
+    """At least two classes with at least two pictures."""
+    return sum(size >= 2 for label, size in Counter(labels).items() if label is not None) >= 2
 
 
 def _flat_folder_demo(source: ClassFoldersSettings, folder: Path) -> DemoResult:
@@ -145,7 +177,7 @@ def _write_shards(source: ClassFoldersSettings, folder: Path) -> ShardSet:
     return write_shards(ClassFolders(source), folder, ShardSettings(), num_processes=num_cores())
 
 
-def _train(settings: TrainSettings, folder: Path) -> Encoder:
+def _train(settings: TrainSettings) -> Encoder:
     load_torch(num_threads=settings.num_threads)
     with _step(f"training: {settings.num_steps} steps of {settings.batch.num_images} pictures with RS@k"):
         return load_encoder(train(settings))

@@ -11,7 +11,7 @@ _NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with the bounds of its 95% interval, in the unit of the values."""
+    """A mean with the bounds of its 95% interval, in the unit of the values; NaN bounds where nothing is known."""
 
     mean: float
     low: float
@@ -41,10 +41,13 @@ def bootstrap_mean(
     _, members = np.unique(clusters[counted], return_inverse=True)
     sums = np.bincount(members, weights=values[counted])
     counts = np.bincount(members).astype(np.float64)
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) == 1:
+        return Estimate(mean, np.nan, np.nan)
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for resample in range(num_resamples):
         drawn = generator.integers(0, len(sums), len(sums))
         means[resample] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(mean=float(sums.sum() / counts.sum()), low=float(low), high=float(high))
+    return Estimate(mean, float(low), float(high))

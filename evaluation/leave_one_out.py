@@ -14,7 +14,10 @@ from numpy import ndarray
 from evaluation.bootstrap import Estimate, bootstrap_mean
 from lookalike.errors import DataError
 from lookalike.exact_search import exact_search
+from lookalike.progress import track
 from lookalike.ranking_metrics import average_precision_at_r, hit_rate_at_k, relevance_of_ranking
+
+_QUERIES_AT_A_TIME = 1024
 
 # (query vectors, query ids, depth) -> ranked ids without the query itself, -1 where there are no more.
 Ranker = Callable[[ndarray, ndarray, int], ndarray]
@@ -82,12 +85,11 @@ def evaluate_leave_one_out(
 
 def brute_force_ranker(vectors: Float32[ndarray, "gallery dim"], ids: Int64[ndarray, "gallery"]) -> Ranker:
     def rank(queries: ndarray, query_ids: ndarray, depth: int) -> ndarray:
-        parts = [
-            exact_search(
-                queries[start : start + 1024], vectors, ids, k=depth, excluded_ids=query_ids[start : start + 1024]
-            ).ids
-            for start in range(0, len(queries), 1024)
-        ]
+        starts = range(0, len(queries), _QUERIES_AT_A_TIME)
+        parts = []
+        for start in track(starts, total=len(starts), description="ranking", unit="blocks of queries"):
+            block = slice(start, start + _QUERIES_AT_A_TIME)
+            parts.append(exact_search(queries[block], vectors, ids, k=depth, excluded_ids=query_ids[block]).ids)
         return np.concatenate(parts)
 
     return rank

@@ -1,7 +1,7 @@
 """An evaluation on disk: numbers, values per query, and a report that opens without a network."""
 
 import base64
-import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from data_pipelines.decode import decode_image
 from data_pipelines.shard_set import ShardSet
 from evaluation.bootstrap import Estimate
 from evaluation.leave_one_out import LeaveOneOutResult, paired_difference
@@ -26,7 +27,7 @@ from lookalike.artifacts import (
     versions,
     write_manifest,
 )
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, ChecksumMismatch
 
 EVALUATION_KIND = "evaluation"
 EVALUATION_VERSION = 1
@@ -34,7 +35,7 @@ REPORT_NAME = "report.html"
 _RESULT_NAME = "result.json"
 _NUM_EXAMPLES = 12
 _NUM_SHOWN = 8
-_MEDIA_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp"}
+_THUMBNAIL_SIDE = 128  # pixels; shown at up to 96
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     width = max(map(len, contenders))
     lines = [f"{'':<{width}}  " + "  ".join(f"{metric:^19}" for metric in metrics)]
     for name, entry in contenders.items():
-        cells = [f"{m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in entry["metrics"].values()]
+        cells = [f"{m['mean']:.3f} {_interval(m, '{:.3f}')}" for m in entry["metrics"].values()]
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:^19}" for cell in cells))
     lines += [
-        f"{name}: R@1 {lead['R@1']['mean']:+.3f} [{lead['R@1']['low']:+.3f}, {lead['R@1']['high']:+.3f}]"
+        f"{name}: R@1 {lead['R@1']['mean']:+.3f} {_interval(lead['R@1'], '{:+.3f}')}"
         for name, lead in summary["lead"].items()
         if "R@1" in lead
     ]
@@ -98,9 +99,18 @@ def read_evaluation(folder: Path, *, parents: Mapping[str, str], settings: Mappi
         return None
     if dict(manifest.parents) != dict(parents) or dict(manifest.settings) != dict(settings):
         return None
-    verify_files(folder, manifest)
+    try:
+        verify_files(folder, manifest)
+    except ChecksumMismatch:
+        return None  # somebody removed or edited a file: make it anew
     summary: dict[str, Any] = json.loads((folder / _RESULT_NAME).read_text(encoding="utf-8"))
     return summary
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raises ArtifactError if `folder` exists and is anything but an evaluation."""
+    if folder.exists():
+        read_manifest(folder, kind=EVALUATION_KIND, newest_version=EVALUATION_VERSION)
 
 
 def write_evaluation(
@@ -115,11 +125,8 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Publishes numbers, values per query and the report at `folder`, in place of an older evaluation there.
 
-    Raises:
-        ArtifactError: `folder` holds something that is not an evaluation.
+    The caller has made sure that nothing else is lost there: see `require_replaceable`.
     """
-    if folder.exists():
-        read_manifest(folder, kind=EVALUATION_KIND, newest_version=EVALUATION_VERSION)
     summary = summarise(contenders)
     with publishing(folder, replace=True) as temporary:
         (temporary / _RESULT_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -140,6 +147,7 @@ def _render(
     return environment.get_template("report.html").render(
         title=title,
         command=command,
+        interval=_interval,
         summary=summary,
         examples=_examples(contenders, shard_set),
         versions=versions(),
@@ -166,11 +174,13 @@ def _examples(contenders: Sequence[Contender], shard_set: ShardSet) -> list[dict
 
 def _picture(shard_set: ShardSet, row: int, query_label: int) -> dict[str, Any]:
     sample = shard_set.samples.slice(row, 1).to_pylist()[0]
-    media_type = _MEDIA_TYPES.get(sample["extension"].lower(), "png")
-    encoded = base64.b64encode(shard_set.read_bytes(row)).decode()
+    thumbnail = decode_image(shard_set.read_bytes(row), limits=shard_set.decode_limits)
+    thumbnail.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    encoded = io.BytesIO()
+    thumbnail.save(encoded, format="JPEG", quality=85)
     return {
-        "name": html.unescape(sample["class_name"] or sample["key"]),
-        "source": f"data:image/{media_type};base64,{encoded}",
+        "name": sample["class_name"] or sample["key"],
+        "source": f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}",
         "is_relevant": sample["label"] == query_label,
     }
 
@@ -189,5 +199,12 @@ def _per_query_table(contenders: Sequence[Contender]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _rounded(estimate: Estimate) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(estimate).items()}
+def _rounded(estimate: Estimate) -> dict[str, float | None]:
+    """Bounds that are not known are null: JSON has no NaN."""
+    return {name: None if np.isnan(value) else round(value, 4) for name, value in asdict(estimate).items()}
+
+
+def _interval(value: Mapping[str, float | None], form: str) -> str:
+    """Such as `[0.61, 0.66]`; a question mark where nothing is known about other classes."""
+    low, high = (form.format(bound) if bound is not None else "?" for bound in (value["low"], value["high"]))
+    return f"[{low}, {high}]"

@@ -13,6 +13,7 @@ from evaluation.report import (
     REPORT_NAME,
     Contender,
     read_evaluation,
+    require_replaceable,
     summarise,
     table_lines,
     write_evaluation,
@@ -22,6 +23,9 @@ from indexing.published_index import PublishedIndex
 from lookalike.artifacts import require_parent
 from lookalike.errors import ManifestMismatch
 from lookalike.records import SearchParameters
+
+# Changes whenever the same vectors would give other numbers: finished evaluations are then made anew.
+PROTOCOL_VERSION = 1
 
 
 def evaluate_embedding_sets(
@@ -45,6 +49,8 @@ def evaluate_embedding_sets(
     Raises:
         ManifestMismatch: the sets hold different pictures, or the index was built from another set.
     """
+    if out:
+        require_replaceable(out)
     sets = [EmbeddingSet.open(folder) for folder in folders]
     with ShardSet.open(sets[-1].shards_folder) as shard_set:
         for embeddings in sets:
@@ -61,7 +67,13 @@ def evaluate_embedding_sets(
         parents = {"shards": shard_set.fingerprint, **{f"embeddings {i}": e.fingerprint for i, e in enumerate(sets)}}
         if index:
             parents["index"] = index.fingerprint
-        settings = {"names": names, "ks": list(ks), "with_raw_pixels": with_raw_pixels, "title": title}
+        settings = {
+            "protocol_version": PROTOCOL_VERSION,
+            "names": names,
+            "ks": list(ks),
+            "with_raw_pixels": with_raw_pixels,
+            "title": title,
+        }
         finished = read_evaluation(out, parents=parents, settings=settings) if out else None
         if out and finished:
             return finished, [*table_lines(finished), f"report: {out / REPORT_NAME}"]
@@ -83,7 +95,8 @@ def evaluate_embedding_sets(
         if out is None:
             summary = summarise(contenders)
             return summary, table_lines(summary)
-        command = "lookalike evaluate " + " ".join(str(folder) for folder in folders)
+        options = ["--raw-pixels"] * with_raw_pixels + [f"--index {index_folder}"] * bool(index_folder)
+        command = " ".join(["lookalike evaluate", *map(str, folders), *options, f"--ks {','.join(map(str, ks))}"])
         summary = write_evaluation(
             out, contenders, shard_set, parents=parents, settings=settings, title=title, command=command
         )

@@ -24,9 +24,17 @@ from indexing.published_index import (
     set_current_version,
 )
 from indexing.settings import IndexSettings
-from lookalike.artifacts import Manifest, link_or_copy, publishing, require_parent, write_manifest
+from lookalike.artifacts import (
+    Manifest,
+    link_or_copy,
+    locations_of,
+    publishing,
+    require_parent,
+    write_manifest,
+)
 from lookalike.errors import ArtifactError, DataError
 from lookalike.exact_search import exact_search
+from lookalike.progress import track
 from lookalike.records import SearchParameters
 from lookalike.settings import dump_settings
 
@@ -61,7 +69,8 @@ def build_index(embeddings: EmbeddingSet, folder: Path, settings: IndexSettings 
     reached = [point for point in curve if point["recall_at_10"] >= settings.target_recall] or curve[-1:]
     default_num_probes = int(reached[0]["num_probes"])
     canaries = np.random.default_rng(settings.seed).choice(len(ids), min(_NUM_CANARIES, len(ids)), replace=False)
-    _require_ids_found(searcher, vectors[canaries], ids[canaries], num_probes=num_partitions_of(index_type))
+    _require_ids_found(searcher, vectors[canaries], ids[canaries])
+    version = next_version(folder)
     details = {
         "dim": embeddings.dim,
         "num_vectors": len(ids),
@@ -73,15 +82,12 @@ def build_index(embeddings: EmbeddingSet, folder: Path, settings: IndexSettings 
         "canary_ids": sorted(int(i) for i in ids[canaries]),
         "encoder_fingerprint": embeddings.manifest.details["encoder_fingerprint"],
         "transform_fingerprint": embeddings.manifest.details["transform_fingerprint"],
-        "shards_folder": str(embeddings.shards_folder),
-        "settings": dump_settings(settings),
     }
     parents = {
         "embeddings": embeddings.fingerprint,
         "encoder": embeddings.manifest.parents["encoder"],
         "shards": shard_set.fingerprint,
     }
-    version = next_version(folder)
     with publishing(folder / version) as temporary:
         searcher.write(temporary / FAISS_NAME)
         _write_metadata(shard_set, temporary / METADATA_NAME)
@@ -90,7 +96,9 @@ def build_index(embeddings: EmbeddingSet, folder: Path, settings: IndexSettings 
             temporary / ENCODER_FOLDER,
             copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),
         )
-        write_manifest(temporary, Manifest(INDEX_KIND, INDEX_VERSION, parents, details, dump_settings(settings)))
+        locations = locations_of("shards", embeddings.shards_folder, artifact=folder / version)
+        manifest = Manifest(INDEX_KIND, INDEX_VERSION, parents, details, dump_settings(settings), locations)
+        write_manifest(temporary, manifest)
     set_current_version(folder, version)
     return PublishedIndex.open(folder)
 
@@ -118,7 +126,7 @@ def measure_recall(
     num_partitions = num_partitions_of(index_type)
     probes = sorted({min(2**power, num_partitions) for power in range(num_partitions.bit_length() + 1)})
     curve = []
-    for num_probes in probes:
+    for num_probes in track(probes, total=len(probes), description="measuring recall", unit="settings"):
         parameters = SearchParameters(k=depth + 1, num_probes=num_probes)
         started = time.perf_counter()
         found = [searcher.search(query[None], parameters).ids[0] for query in queries]
@@ -137,16 +145,19 @@ def measure_recall(
     return curve
 
 
-def _require_ids_found(
-    searcher: FaissSearcher, vectors: Float32[ndarray, "n dim"], ids: Int64[ndarray, "n"], *, num_probes: int
-) -> None:
-    """A finished index must find known vectors under their own ids: guards against silently wrong ids."""
-    found = searcher.vectors_of(ids)
-    hits = searcher.search(vectors, SearchParameters(k=1, num_probes=num_probes))
-    # An exact duplicate may stand first under a smaller id; its score must then be the same.
-    own_scores = np.einsum("nd,nd->n", vectors, found)
-    if not np.allclose(found, vectors, atol=1e-6) or (hits.scores[:, 0] < own_scores - 1e-5).any():
-        raise DataError("the finished index returns other vectors than were added under these ids; it is not published")
+def _require_ids_found(searcher: FaissSearcher, vectors: Float32[ndarray, "n dim"], ids: Int64[ndarray, "n"]) -> None:
+    """A finished index must find known vectors under their own ids: guards against silently wrong ids.
+
+    Raises:
+        DataError: it does not.
+    """
+    hits = searcher.search(vectors, SearchParameters(k=min(_MEASURED_DEPTH, searcher.num_vectors), exact=True))
+    for row, identifier in enumerate(ids):
+        is_found = identifier in hits.ids[row]
+        # More exact copies than places: all that stand before it must score the same.
+        is_crowded_out = bool((hits.scores[row] >= vectors[row] @ vectors[row] - 1e-5).all())
+        if not (is_found or is_crowded_out) or not np.allclose(searcher.vectors_of(ids[row : row + 1]), vectors[row]):
+            raise DataError(f"the finished index does not find the vector of picture {identifier}; it is not published")
 
 
 def _write_metadata(shard_set: ShardSet, path: Path) -> None:
@@ -161,5 +172,5 @@ def _current_if_same(embeddings: EmbeddingSet, folder: Path, settings: IndexSett
     except ArtifactError:
         return None
     same_parent = current.manifest.parents["embeddings"] == embeddings.fingerprint
-    same_settings = current.manifest.details["settings"] == dump_settings(settings)
+    same_settings = current.manifest.settings == dump_settings(settings)
     return current if same_parent and same_settings else None

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,22 @@ from indexing.embedding_set import (
     write_block,
 )
 from indexing.settings import EmbedSettings
-from lookalike.artifacts import Manifest, link_or_copy, publishing, write_manifest, write_text_atomically
+from lookalike.artifacts import (
+    Manifest,
+    link_or_copy,
+    locations_of,
+    publishing,
+    write_manifest,
+    write_text_atomically,
+)
 from lookalike.collectives import barrier
-from lookalike.encoder import Encoder, embed_pixels, write_encoder
+from lookalike.encoder import Encoder, available_device, embed_pixels, write_encoder
 from lookalike.errors import ArtifactError, DataError
 from lookalike.progress import Progress
 from lookalike.settings import dump_settings
 from lookalike.world import World
+
+_MARKER_NAME = "identity.json"
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +57,7 @@ def embed_shards(
 ) -> EmbeddingSet:
     """Embeds every picture of `split` (all where None) and publishes the embedding set at `folder`.
 
-    Finished blocks wait in `<folder>.partial`; a rerun with the same encoder, shards and settings goes on from them.
+    Finished blocks wait in a hidden folder beside it; a rerun with the same encoder and shards goes on from them.
     Vectors and their order do not depend on the number of ranks, since a batch never crosses a shard.
 
     Raises:
@@ -58,8 +68,9 @@ def embed_shards(
     identity = embedding_identity(encoder, shard_set, split=split, settings=settings)
     if folder.exists():
         return _reuse(folder, identity)
+    encoder.to(available_device())
     names = shard_set.shards_of(split)
-    staging = folder.with_name(f"{folder.name}.partial")
+    staging = staging_folder(folder)
     if world.is_first:
         _prepare_staging(staging, identity=identity)
     barrier(world)
@@ -79,9 +90,11 @@ def embed_shards(
             "split": split,
             "encoder_fingerprint": encoder.fingerprint,
             "transform_fingerprint": encoder.settings.input.fingerprint,
-            "shards_folder": str(shard_set.folder.resolve()),
         }
-        manifest = Manifest(EMBEDDING_SET_KIND, EMBEDDING_SET_VERSION, parents, details, dump_settings(settings))
+        locations = locations_of("shards", shard_set.folder, artifact=folder)
+        manifest = Manifest(
+            EMBEDDING_SET_KIND, EMBEDDING_SET_VERSION, parents, details, dump_settings(settings), locations
+        )
         _publish(staging, folder, encoder, names, manifest)
     barrier(world)
     return EmbeddingSet.open(folder)
@@ -91,8 +104,13 @@ def embedding_identity(
     encoder: Encoder, shard_set: ShardSet, *, split: str | None, settings: EmbedSettings
 ) -> dict[str, object]:
     """All that decides the vectors: what a rerun must share with the run that it continues."""
-    parents = {"shards": shard_set.fingerprint, "encoder": encoder.fingerprint}
-    return {**parents, "split": split, **dump_settings(settings)}
+    return {
+        "shards": shard_set.fingerprint,
+        "encoder": encoder.fingerprint,
+        "transform": encoder.settings.input.fingerprint,
+        "split": split,
+        "storage": settings.storage,
+    }
 
 
 def _embed_shard(
@@ -117,12 +135,19 @@ def _embed_shard(
     return np.concatenate(vectors).astype(settings.storage), np.concatenate(ids), skipped
 
 
+def staging_folder(folder: Path) -> Path:
+    """Where finished blocks wait."""
+    return folder.with_name(f".unfinished-{folder.name}")
+
+
 def _prepare_staging(staging: Path, *, identity: dict[str, object]) -> None:
-    marker = staging / "identity.json"
+    marker = staging / _MARKER_NAME
     text = json.dumps(identity, sort_keys=True)
     if marker.exists() and marker.read_text(encoding="utf-8") == text:
         logger.info("continuing the embedding set begun in %s", staging)
         return
+    if staging.exists() and not marker.exists():
+        raise ArtifactError(f"{staging} is in the way: it is not an unfinished embedding set. Move it.")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write_text_atomically(marker, text)
@@ -139,10 +164,7 @@ def _publish(staging: Path, folder: Path, encoder: Encoder, names: list[str], ma
         if num_vectors == 0:
             raise DataError(f"none of the {num_skipped} pictures could be embedded; see {staging}.")
         details = {**manifest.details, "blocks": names, "num_vectors": num_vectors, "num_skipped": num_skipped}
-        write_manifest(
-            temporary,
-            Manifest(manifest.kind, manifest.format_version, manifest.parents, details, manifest.settings),
-        )
+        write_manifest(temporary, replace(manifest, details=details))
     shutil.rmtree(staging)
 
 
@@ -153,7 +175,12 @@ def _link(source: str, target: str) -> None:
 def _reuse(folder: Path, identity: dict[str, object]) -> EmbeddingSet:
     existing = EmbeddingSet.open(folder)
     manifest = existing.manifest
-    found = {**manifest.parents, "split": manifest.details["split"], **manifest.settings}
+    found = {
+        **manifest.parents,
+        "transform": manifest.details["transform_fingerprint"],
+        "split": manifest.details["split"],
+        "storage": manifest.settings["storage"],
+    }
     if found != identity:
         different = [name for name in identity if found.get(name) != identity[name]]
         raise ArtifactError(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
-from lookalike.artifacts import Manifest, read_manifest, verify_files
+from lookalike.artifacts import Manifest, locate_parent, read_manifest, verify_files
 from lookalike.errors import DataError
 
 EMBEDDING_SET_KIND = "embedding set"
@@ -54,7 +54,7 @@ class EmbeddingSet:
 
     @property
     def shards_folder(self) -> Path:
-        return Path(self.manifest.details["shards_folder"])
+        return locate_parent(self.folder, self.manifest, "shards")
 
     @cached_property
     def ids(self) -> Int64[ndarray, "vectors"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from indexing.settings import IndexSettings
-from lookalike.errors import SettingsError
+from lookalike.errors import ArtifactError, SettingsError
 from lookalike.exact_search import merge_hits, require_searchable
 from lookalike.native_libraries import load_faiss
 from lookalike.records import SearchHits, SearchParameters
@@ -83,8 +83,13 @@ class FaissSearcher:
 
     @classmethod
     def read(cls, path: Path, *, index_type: str, default_num_probes: int) -> "FaissSearcher":
+        """Raises ArtifactError where the file is missing or damaged."""
         faiss = load_faiss()
-        return cls(faiss.read_index(str(path)), index_type=index_type, default_num_probes=default_num_probes)
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ArtifactError(f"{path} cannot be read by faiss. Build the index again.") from error
+        return cls(index, index_type=index_type, default_num_probes=default_num_probes)
 
     def search(self, queries: Float32[ndarray, "queries query_dim"], parameters: SearchParameters) -> SearchHits:
         """The best hits under `parameters`; equal scores are ordered by id.

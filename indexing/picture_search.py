@@ -12,7 +12,9 @@ from data_pipelines.transforms import EvaluationTransform
 from indexing.published_index import PublishedIndex
 from lookalike.encoder import embed_pixels
 from lookalike.errors import DataError, DecodeError
-from lookalike.records import SearchParameters
+from lookalike.records import SearchHits, SearchParameters
+
+_BATCH_SIZE = 64
 
 
 def search_with_pictures(
@@ -25,8 +27,16 @@ def search_with_pictures(
     """
     encoder = index.load_encoder()
     transform = EvaluationTransform(encoder.settings.input)
-    pixels = np.stack([transform(_decode(path)) for path in pictures])
-    hits = index.search(embed_pixels(encoder, torch.from_numpy(pixels)).numpy(), parameters)
+    answers = []
+    for start in range(0, len(pictures), _BATCH_SIZE):
+        chunk = pictures[start : start + _BATCH_SIZE]
+        pixels = np.stack([transform(_decode(path)) for path in chunk])
+        hits = index.search(embed_pixels(encoder, torch.from_numpy(pixels)).numpy(), parameters)
+        answers += _answers(index, chunk, hits)
+    return answers
+
+
+def _answers(index: PublishedIndex, pictures: Sequence[Path], hits: SearchHits) -> list[dict[str, Any]]:
     answers = []
     for picture, ids, scores in zip(pictures, hits.ids, hits.scores, strict=True):
         found = ids >= 0

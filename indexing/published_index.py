@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from indexing.faiss_index import FaissSearcher
-from lookalike.artifacts import Manifest, read_manifest, verify_files, write_text_atomically
+from lookalike.artifacts import Manifest, locate_parent, read_manifest, verify_files, write_text_atomically
 from lookalike.encoder import Encoder, load_encoder
 from lookalike.errors import ArtifactError, ManifestMismatch
 from lookalike.records import SearchHits, SearchParameters
@@ -36,7 +36,12 @@ class PublishedIndex:
             index_type=self.manifest.details["type"],
             default_num_probes=self.manifest.details["default_num_probes"],
         )
-        self._metadata = pa.ipc.open_file(pa.memory_map(str(self.folder / METADATA_NAME))).read_all()
+        try:
+            self._metadata = pa.ipc.open_file(pa.memory_map(str(self.folder / METADATA_NAME))).read_all()
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"{self.folder / METADATA_NAME} cannot be read: {error}. Build the index again."
+            ) from error
 
     @classmethod
     def open(cls, folder: Path, *, version: str | None = None) -> "PublishedIndex":
@@ -61,7 +66,7 @@ class PublishedIndex:
 
     @property
     def shards_folder(self) -> Path:
-        return Path(self.manifest.details["shards_folder"])
+        return locate_parent(self.folder, self.manifest, "shards")
 
     @cached_property
     def ids(self) -> Int64[ndarray, "vectors"]:
@@ -86,15 +91,20 @@ class PublishedIndex:
         """The encoder that made the vectors; it travels inside the index.
 
         Raises:
-            ManifestMismatch: the encoder in the folder is not the one the vectors were made with.
+            ManifestMismatch: the encoder in the folder, or this version's evaluation transform, is not the one that
+                the vectors were made with.
         """
         encoder = load_encoder(self.folder / "encoder")
-        expected = self.manifest.details["encoder_fingerprint"]
-        if encoder.fingerprint != expected:
-            raise ManifestMismatch(
-                f"index {self.folder} was built with encoder {expected[:12]}, "
-                f"its encoder folder holds {encoder.fingerprint[:12]}. Build the index again."
-            )
+        details = self.manifest.details
+        for name, expected, found in (
+            ("encoder", details["encoder_fingerprint"], encoder.fingerprint),
+            ("evaluation transform", details["transform_fingerprint"], encoder.settings.input.fingerprint),
+        ):
+            if found != expected:
+                raise ManifestMismatch(
+                    f"index {self.folder} was built with {name} {expected[:12]}, but here it is {found[:12]}. "
+                    "Embed the pictures and build the index again."
+                )
         return encoder
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ class EmbedSettings(Settings):
     """How pictures become vectors."""
 
     batch_size: PositiveInt = 64
-    """Pictures per forward pass; memory grows with it, results do not change."""
+    """Pictures per forward pass; memory grows with it, results change by rounding only."""
     storage: Literal["float32", "float16"] = "float32"
     """Number format of the stored vectors."""
 

@@ -4,11 +4,13 @@ A folder that exists under its final name is whole. `manifest.json` says what ma
 (the fingerprints of its parents) and the size and SHA-256 of each of its files.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import uuid
@@ -23,6 +25,7 @@ from lookalike.errors import ArtifactError, ChecksumMismatch, ManifestMismatch
 
 MANIFEST_NAME = "manifest.json"
 _TEMPORARY_PREFIX = ".unpublished-"
+_OUTGOING_SUFFIX = "-outgoing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Manifest:
     parents: Mapping[str, str] = field(default_factory=dict)  # name -> fingerprint
     details: Mapping[str, Any] = field(default_factory=dict)  # counts and facts that readers rely on
     settings: Mapping[str, Any] = field(default_factory=dict)  # resolved settings of the maker
+    locations: Mapping[str, str] = field(default_factory=dict)  # where parents lay when it was made, see `locations_of`
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> {bytes, sha256}
     made_by: Mapping[str, str] = field(default_factory=dict)  # package, code and library versions
 
@@ -64,35 +68,82 @@ def file_sha256(path: Path) -> str:
 def publishing(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `folder`; on success it is made durable and renamed to `folder`.
 
-    On any error the temporary folder is removed and `folder` is as it was. Leftovers of killed processes are
-    cleared by the next publication of the same folder.
+    On any error the temporary folder is removed and `folder` is as it was. What a killed process left behind is
+    tidied up by the next publication of the same folder; what a living one is writing is let alone.
 
     Raises:
         ArtifactError: `folder` exists and `replace` is false.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _tidy_up(folder)
     if folder.exists() and not replace:
         raise ArtifactError(f"{folder} exists already. Remove it, or choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{_TEMPORARY_PREFIX}{folder.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.parent / f"{_TEMPORARY_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            _fsync(path)
-        _fsync(temporary)
-        if folder.exists():
-            outgoing = temporary.with_name(temporary.name + "-outgoing")
-            folder.rename(outgoing)
-            temporary.rename(folder)
-            shutil.rmtree(outgoing)
-        else:
-            temporary.rename(folder)
+    with _locked(temporary):
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                _fsync(path)
+            _fsync(temporary)
+            _rename_into_place(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _rename_into_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
         _fsync(folder.parent)
+        return
+    outgoing = temporary.with_name(temporary.name + _OUTGOING_SUFFIX)
+    folder.rename(outgoing)
+    try:
+        temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        outgoing.rename(folder)
         raise
+    _fsync(folder.parent)
+    shutil.rmtree(outgoing)
+
+
+def _tidy_up(folder: Path) -> None:
+    """Removes what killed publications of `folder` left, and puts back a folder that one was about to replace."""
+    name = re.compile(rf"{re.escape(_TEMPORARY_PREFIX + folder.name)}-[0-9a-f]{{8}}({_OUTGOING_SUFFIX})?")
+    for leftover in folder.parent.iterdir():
+        match = name.fullmatch(leftover.name)
+        if match is None or _is_locked(leftover.with_name(leftover.name.removesuffix(_OUTGOING_SUFFIX))):
+            continue
+        if match.group(1) and not folder.exists():
+            leftover.rename(folder)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Marks a folder as being written by a living process; the mark ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -163,6 +214,20 @@ def require_parent(child: Path, manifest: Manifest, name: str, *, found: str, pa
             f"{child} was made from {name} {(expected or 'none')[:12]}, but {parent} is {found[:12]}. "
             f"Make {child.name} again from this {name}, or give the {name} it was made from."
         )
+
+
+def locations_of(parent: str, folder: Path, *, artifact: Path) -> dict[str, str]:
+    """Two ways to a parent's folder: absolute, and as seen from the artifact, for when both are moved together."""
+    return {
+        parent: str(folder.resolve()),
+        f"{parent} beside": os.path.relpath(folder.resolve(), artifact.resolve()),
+    }
+
+
+def locate_parent(artifact: Path, manifest: Manifest, parent: str) -> Path:
+    """Where a parent's folder is now; whether it is the right one, its fingerprint tells."""
+    beside = Path(os.path.normpath(artifact.resolve() / manifest.locations[f"{parent} beside"]))
+    return beside if beside.exists() else Path(manifest.locations[parent])
 
 
 def link_or_copy(source: Path, target: Path) -> None:

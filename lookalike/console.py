@@ -12,6 +12,8 @@ import typer
 from lookalike.errors import LookalikeError
 from lookalike.native_libraries import set_thread_policy
 
+_INTERRUPTED = 130
+
 
 def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, *, program: str) -> None:
     """Runs a typer application and exits: 0 done, 2 usage or settings, 3 data, 4 resources, 5 artifacts, 130 Ctrl-C."""
@@ -23,9 +25,10 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, *, pro
     except LookalikeError as error:
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted. Run the same command again to continue.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this
+            print(f"{program}: interrupted. Run the same command again to continue.", file=sys.stderr)
+        raise
     except OSError as error:
         print(f"{program}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(4)

@@ -131,6 +131,11 @@ def create_pretrained_encoder(name: str, *, image_size: int) -> Encoder:
     return create_encoder(settings, weights).eval()
 
 
+def available_device() -> torch.device:
+    """The GPU where there is one: the current one of this process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @torch.inference_mode()
 def embed_pixels(encoder: Encoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch dim"]:
     """Embeddings for search: evaluation mode, no graph, on the encoder's device, returned on the CPU."""

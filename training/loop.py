@@ -18,7 +18,7 @@ from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import TrainingTransform
 from lookalike.artifacts import fingerprint, read_manifest, write_text_atomically
 from lookalike.collectives import any_rank, barrier, sum_over_ranks
-from lookalike.encoder import ENCODER_KIND, ENCODER_VERSION, Encoder, create_encoder, save_encoder
+from lookalike.encoder import ENCODER_KIND, ENCODER_VERSION, Encoder, available_device, create_encoder, save_encoder
 from lookalike.errors import ArtifactError, NonFiniteLoss, SettingsError
 from lookalike.events import EventLog
 from lookalike.progress import Progress
@@ -224,9 +224,7 @@ def plan_batches(settings: TrainSettings, shard_set: ShardSet, world: World) -> 
 def begin_or_resume(settings: TrainSettings, identity: str) -> TrainingState:
     """The state of step 0, or that of the newest checkpoint in the run folder."""
     torch.manual_seed(settings.seed)  # the projection's first weights
-    encoder = create_encoder(settings.encoder, settings.weights)
-    if torch.cuda.is_available():
-        encoder = encoder.to("cuda")
+    encoder = create_encoder(settings.encoder, settings.weights).to(available_device())
     try:
         freeze_parameters(encoder, settings.frozen)
     except ValueError as error:

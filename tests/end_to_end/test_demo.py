@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.drawn_pictures import draw_class_folders
+from data_pipelines.settings import ClassFoldersSettings
+from demo.chain import _hold_out_classes, _labels_of_split
+from tests.drawn_pictures import draw_class_folders, draw_picture
 
 QUICK = ("num_steps=2", "optimizer.warmup_steps=0", "encoder.input.size=32", "num_workers=0")
 
@@ -32,11 +34,67 @@ def test_own_class_folders_are_trained_on_measured_and_indexed(tmp_path: Path) -
     assert list(numbers["evaluation"]["contenders"]) == ["raw pixels", "frozen ImageNet encoder", "trained with RS@k"]
     assert Path(numbers["report"]).exists()
     assert (Path(numbers["index"]) / "CURRENT").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    before = written_at(tmp_path / "out")
     again, log = demo(*arguments)
     assert "is trained already" in log
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
-    assert again["evaluation"]["contenders"] == numbers["evaluation"]["contenders"]
+    assert written_at(tmp_path / "out") == before, "a second run must reuse everything"
+    assert again["evaluation"] == numbers["evaluation"]
+
+
+def written_at(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "DEMO"}
+
+
+# Names whose hash once left one side of the split empty, or with a single class.
+@pytest.mark.parametrize(
+    "names", [["rose", "tulip", "daisy", "lily", "iris", "poppy"], ["red", "green", "blue", "black", "white", "yellow"]]
+)
+def test_few_classes_are_held_out_so_that_both_sides_can_be_used(tmp_path: Path, names: list[str]) -> None:
+    draw_class_folders(tmp_path / "pictures", range(6), pictures_per_class=2)
+    for folder, name in zip(sorted((tmp_path / "pictures").iterdir()), names, strict=True):
+        folder.rename(folder.with_name(name))
+    source = ClassFoldersSettings(folder=tmp_path / "pictures")
+    chosen, holds_out = _hold_out_classes(source, _labels_of_split(source))
+    assert holds_out
+    assert min(len(set(labels)) for labels in _labels_of_split(chosen).values()) >= 2
+
+
+def test_given_splits_stay_and_too_few_classes_are_all_trained_on(tmp_path: Path) -> None:
+    draw_class_folders(tmp_path / "given" / "train", range(3), pictures_per_class=2)
+    draw_class_folders(tmp_path / "given" / "test", range(3, 6), pictures_per_class=2)
+    given = ClassFoldersSettings(folder=tmp_path / "given")
+    assert _hold_out_classes(given, _labels_of_split(given)) == (given, True)
+    draw_class_folders(tmp_path / "few", range(3), pictures_per_class=2)
+    few = ClassFoldersSettings(folder=tmp_path / "few")
+    assert _hold_out_classes(few, _labels_of_split(few)) == (few, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["my_pictures"], 2, "key.path=value"),
+        (["--port", "99999"], 2, "port"),
+        (["--images", "nowhere"], 3, "not a folder"),
+        (["--images", "{flat}", "num_steps=3"], 2, "has no effect"),
+        (["--out", "{flat}"], 5, "something else than a demo"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "flat").mkdir()
+    draw_picture(0, 0).save(tmp_path / "flat" / "a.png")
+    given = [argument.format(flat=tmp_path / "flat") for argument in arguments]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, "-m", "lookalike", "demo", "--no-serve", *out, *given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "packages").exists()
 
 
 def test_a_flat_folder_is_indexed_with_the_pretrained_encoder(tmp_path: Path) -> None:

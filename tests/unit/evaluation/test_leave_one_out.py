@@ -68,12 +68,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """200 samples of a population with mean .3, in clusters of 5 equal values; 95% +- 4 standard errors."""
     generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(80), 5)
-    covered = 0
+    covered, widths = 0, []
     for seed in range(200):
         values = np.repeat((generator.random(80) < 0.3).astype(float), 5)
         estimate = bootstrap_mean(values, clusters, seed=seed, num_resamples=400)
         covered += estimate.low <= 0.3 <= estimate.high
+        widths.append(estimate.high - estimate.low)
     assert 0.88 <= covered / 200 <= 1.0
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 80), rel=0.1)
 
 
 def test_clusters_widen_the_interval_and_nan_is_left_out() -> None:
@@ -82,6 +84,9 @@ def test_clusters_widen_the_interval_and_nan_is_left_out() -> None:
     clustered = bootstrap_mean(np.sort(values), np.arange(100) // 10)
     assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
     assert bootstrap_mean(np.array([1.0, np.nan, 1.0]), np.arange(3)).mean == 1
+    alone = bootstrap_mean(np.array([0.0, 1.0]), np.zeros(2, np.int64))
+    assert alone.mean == 0.5
+    assert np.isnan([alone.low, alone.high]).all(), "one cluster says nothing about others"
     with pytest.raises(ValueError, match="no query has a value"):
         bootstrap_mean(np.array([np.nan]), np.arange(1))
 

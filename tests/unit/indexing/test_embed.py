@@ -56,7 +56,7 @@ def test_the_number_of_ranks_changes_nothing(
     alone = embed_shards(encoder, shard_set, tmp_path / "alone")
     monkeypatch.setattr(embed_module, "barrier", lambda world: None)
     # Rank 1 of 2 first: it only fills blocks. Rank 0 finds them, adds its own and publishes.
-    staging = tmp_path / "both.partial"
+    staging = embed_module.staging_folder(tmp_path / "both")
     embed_module._prepare_staging(staging, identity=_identity(encoder, shard_set))
     with pytest.raises(ArtifactError, match="not a finished"):
         embed_shards(encoder, shard_set, tmp_path / "both", world=World(1, 2))
@@ -91,7 +91,7 @@ def test_a_rerun_continues_and_ends_with_the_same_bytes(
     resumed = embed_shards(encoder, shard_set, tmp_path / "resumed")
     assert resumed.fingerprint == whole.fingerprint
     assert not set(first_part) & set(embedded[3:])
-    assert not (tmp_path / "resumed.partial").exists()
+    assert not embed_module.staging_folder(tmp_path / "resumed").exists()
 
 
 def test_a_finished_set_is_reused_and_another_one_is_refused(
@@ -150,9 +150,42 @@ def test_an_empty_split_and_damaged_blocks_are_named(encoder: Encoder, shard_set
 
 
 def test_staging_of_another_encoder_is_thrown_away(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
-    staging = tmp_path / "e.partial"
+    staging = embed_module.staging_folder(tmp_path / "e")
     (staging / "blocks").mkdir(parents=True)
     (staging / "identity.json").write_text(json.dumps({"encoder": "another"}))
     shutil.copy(Path(__file__), staging / "blocks" / "stale.npy")
     embed_shards(encoder, shard_set, tmp_path / "e", split="test")
     assert not (tmp_path / "e" / "blocks" / "stale.npy").exists()
+
+
+def test_a_folder_in_the_way_is_not_touched(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
+    in_the_way = embed_module.staging_folder(tmp_path / "e")
+    in_the_way.mkdir()
+    (in_the_way / "mine.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="in the way"):
+        embed_shards(encoder, shard_set, tmp_path / "e")
+    assert (in_the_way / "mine.txt").read_text() == "mine"
+
+
+def test_vectors_of_an_older_transform_are_not_reused(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    smaller_batches = EmbedSettings(batch_size=3)
+    embed_shards(encoder, shard_set, tmp_path / "e", split="test", settings=smaller_batches)  # decides nothing
+    monkeypatch.setattr("lookalike.encoder_settings.TRANSFORM_VERSION", 99)
+    with pytest.raises(ArtifactError, match="another transform"):
+        embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+
+
+def test_moved_together_with_its_shards_it_still_finds_them(
+    encoder: Encoder, shards_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shards_folder, tmp_path / "before" / "shards")
+    with ShardSet.open(tmp_path / "before" / "shards") as shard_set:
+        embed_shards(encoder, shard_set, tmp_path / "before" / "sets" / "e", split="test")
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert EmbeddingSet.open(tmp_path / "after" / "sets" / "e").shards_folder == tmp_path / "after" / "shards"
+    (tmp_path / "after" / "sets" / "e").rename(tmp_path / "moved_alone")
+    (tmp_path / "after").rename(tmp_path / "before")
+    assert EmbeddingSet.open(tmp_path / "moved_alone").shards_folder == tmp_path / "before" / "shards"

@@ -194,3 +194,34 @@ def test_a_picture_of_the_collection_finds_itself(
         search_with_pictures(index, [tmp_path / "broken.png"], SearchParameters())
     with pytest.raises(DataError, match=r"absent\.png"):
         search_with_pictures(index, [tmp_path / "absent.png"], SearchParameters())
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "metadata.arrow"])
+def test_a_file_broken_beyond_reading_is_named(embeddings: EmbeddingSet, tmp_path: Path, name: str) -> None:
+    build_index(embeddings, tmp_path / "index")
+    file = tmp_path / "index" / "v0001" / name
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ArtifactError, match=name):
+        PublishedIndex.open(tmp_path / "index")
+    assert build_index(embeddings, tmp_path / "index").version == "v0002"
+
+
+def test_an_index_of_an_older_transform_is_refused(
+    embeddings: EmbeddingSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_index(embeddings, tmp_path / "index")
+    monkeypatch.setattr("lookalike.encoder_settings.TRANSFORM_VERSION", 99)
+    with pytest.raises(ManifestMismatch, match="evaluation transform"):
+        index.load_encoder()
+
+
+def test_an_index_that_answers_with_wrong_ids_is_not_published(
+    embeddings: EmbeddingSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_shifted_ids(index_type: str, vectors: np.ndarray, ids: np.ndarray, *, seed: int) -> object:
+        return create_faiss_index(index_type, vectors, np.roll(ids, 1), seed=seed)
+
+    monkeypatch.setattr("indexing.build.create_faiss_index", with_shifted_ids)
+    with pytest.raises(DataError, match="not published"):
+        build_index(embeddings, tmp_path / "index")
+    assert not (tmp_path / "index" / "CURRENT").exists()

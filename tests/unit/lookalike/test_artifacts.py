@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,3 +130,42 @@ def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_fingerprints_ignore_the_order_of_keys() -> None:
     assert fingerprint({"a": 1, "b": [2, 3]}) == fingerprint({"b": [2, 3], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_living_publication_beside_is_let_alone(tmp_path: Path) -> None:
+    with publishing(tmp_path / "e-b") as other:
+        (other / "file").write_text("x")
+        publish(tmp_path / "e")
+        with publishing(tmp_path / "e-b", replace=True) as twin:
+            (twin / "file").write_text("y")
+        assert other.exists()
+        shutil.rmtree(tmp_path / "e-b")
+    assert (tmp_path / "e-b" / "file").read_text() == "x"
+
+
+def test_a_folder_that_a_killed_replacement_had_moved_away_comes_back(tmp_path: Path) -> None:
+    publish(tmp_path / "a", text="old")
+    (tmp_path / "a").rename(tmp_path / ".unpublished-a-0123abcd-outgoing")
+    (tmp_path / ".unpublished-a-0123abcd").mkdir()
+    with pytest.raises(ArtifactError, match="exists already"):
+        publish(tmp_path / "a", text="new")
+    assert (tmp_path / "a" / "deep" / "file.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_replacement_that_cannot_be_renamed_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "a", text="old")
+    rename = Path.rename
+
+    def fail_into_place(self: Path, target: Path) -> Path:
+        if target == tmp_path / "a" and not self.name.endswith("outgoing"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(OSError, match="Input/output"), publishing(tmp_path / "a", replace=True):
+        pass
+    assert (tmp_path / "a" / "deep" / "file.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

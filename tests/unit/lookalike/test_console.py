@@ -61,3 +61,15 @@ def test_the_world_comes_from_the_launcher() -> None:
     assert World.detect({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == World(3, 4, 1)
     with pytest.raises(ValueError, match="outside"):
         World(rank=2, size=2)
+
+
+def test_ctrl_c_says_how_to_go_on() -> None:
+    program = (
+        "import os, signal; from lookalike.console import new_app, run_command\n"
+        "app = new_app('x')\n"
+        "@app.command()\ndef wait() -> None:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "run_command(app, [], program='lookalike wait')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130
+    assert result.stderr.strip() == "lookalike wait: interrupted. Run the same command again to continue."
