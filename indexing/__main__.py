@@ -39,11 +39,11 @@ def embed(
     from indexing.embed import embed_shards
     from lookalike.collectives import process_group
     from lookalike.encoder import create_pretrained_encoder, load_encoder
-    from lookalike.native_libraries import load_torch
+    from lookalike.native_libraries import load_torch, num_cores
     from lookalike.world import World
 
-    load_torch()
     world = World.detect()
+    load_torch(num_threads=world.share_of_cores(num_cores()))
     with ShardSet.open(shards) as shard_set, process_group(world):
         if dry_run:
             plan = {

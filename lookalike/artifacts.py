@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lookalike.errors import ArtifactError, ChecksumMismatch, ManifestMismatch
+from lookalike.errors import ArtifactError, ChecksumMismatch, DamagedArtifact, ManifestMismatch
 
 MANIFEST_NAME = "manifest.json"
 _TEMPORARY_PREFIX = ".unpublished-"
@@ -168,19 +168,22 @@ def read_manifest(folder: Path, *, kind: str, newest_version: int) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        stored_fingerprint = tree.pop("fingerprint")
-        manifest = Manifest(**tree)
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} is not a finished {kind}: it has no {MANIFEST_NAME}.") from None
+        found_kind, found_version = tree["kind"], tree["format_version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedArtifact(f"{folder} is not a finished {kind}: it has no {MANIFEST_NAME}.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if manifest.kind != kind:
-        raise ArtifactError(f"{folder} holds a {manifest.kind}, expected a {kind}.")
-    if manifest.format_version > newest_version:
+        raise DamagedArtifact(f"{path} cannot be read: {error}") from error
+    if found_kind != kind:
+        raise ArtifactError(f"{folder} holds a {found_kind}, expected a {kind}.")
+    if found_version > newest_version:
         raise ArtifactError(
-            f"{folder} has {kind} format {manifest.format_version}, this version reads up to {newest_version}. "
-            "Upgrade lookalike."
+            f"{folder} has {kind} format {found_version}, this version reads up to {newest_version}. Upgrade lookalike."
         )
+    stored_fingerprint = tree.pop("fingerprint", None)
+    try:
+        manifest = Manifest(**tree)
+    except TypeError as error:
+        raise DamagedArtifact(f"{path} cannot be read: {error}") from error
     if manifest.fingerprint != stored_fingerprint:
         raise ChecksumMismatch(f"{path} was changed after it was written: its fingerprint does not match its content.")
     return manifest

@@ -109,9 +109,12 @@ def create_encoder(settings: EncoderSettings, weights: Weights | None = None) ->
             f"pretrained weights of {settings.backbone} cannot be fetched from the hub ({error}). "
             "Go online, or give a file: weights: {source: file, path: ...}."
         ) from error
+    except TypeError as error:
+        raise SettingsError(f"backbone {settings.backbone} does not take these settings: {error}") from error
     if not from_hub:
         load_backbone_weights(backbone, weights, backbone_name=settings.backbone)
     encoder = Encoder(settings, backbone, _num_features(backbone))
+    _require_poolable(encoder)
     # mypy: torch's annotations of Module.to lack memory_format, which its documentation has.
     return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -185,6 +188,25 @@ def load_encoder(folder: Path) -> Encoder:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights stored in an encoder's folder, on the CPU."""
     return load_file(folder / _WEIGHTS_NAME)
+
+
+@torch.inference_mode()
+def _require_poolable(encoder: Encoder) -> None:
+    """One small picture through the backbone: finds a pooling that does not fit before anything slow does."""
+    settings = encoder.settings
+    side = settings.input.size
+    was_training = encoder.training
+    try:
+        features = encoder.eval().backbone(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError) as error:
+        raise SettingsError(f"backbone {settings.backbone} does not take pictures of {side} pixels: {error}") from error
+    encoder.train(was_training)
+    expected = 4 if settings.pooling == "gem" else 2
+    if features.ndim != expected:
+        raise SettingsError(
+            f"pooling: {settings.pooling} needs features of {expected} dimensions, backbone {settings.backbone} gives "
+            f"{tuple(features.shape)}. Choose the other pooling."
+        )
 
 
 def _num_features(backbone: nn.Module) -> int:

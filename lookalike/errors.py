@@ -6,7 +6,8 @@ LookalikeError
 │   └── DecodeError        one picture cannot be decoded; callers count and quarantine it
 ├── ResourceError          exit code 4: disk, memory, a port, a missing program or package
 ├── ArtifactError          exit code 5: an artifact is missing, damaged or does not match its parents
-│   ├── ChecksumMismatch   a file's bytes differ from its manifest
+│   ├── DamagedArtifact    it cannot be read as it was written
+│   │   └── ChecksumMismatch   a file's bytes differ from its manifest
 │   └── ManifestMismatch   two artifacts were not made for each other
 └── TrainingError          exit code 1
     └── NonFiniteLoss      raised on every rank before weights move
@@ -31,7 +32,7 @@ class DecodeError(DataError):
     """One picture cannot be turned into RGB pixels.
 
     `reason` is a short stable word for ledgers: `empty`, `not_an_image`, `truncated`, `too_many_pixels`,
-    `absurd_size`, `format_not_allowed`.
+    `absurd_size`, `format_not_allowed`, `unreadable`.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -47,7 +48,11 @@ class ArtifactError(LookalikeError):
     exit_code = 5
 
 
-class ChecksumMismatch(ArtifactError):
+class DamagedArtifact(ArtifactError):
+    pass
+
+
+class ChecksumMismatch(DamagedArtifact):
     pass
 
 

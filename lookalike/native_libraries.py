@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from lookalike.errors import ResourceError
@@ -25,8 +26,18 @@ def set_thread_policy() -> None:
 
 
 def num_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: fewer than the machine has under an affinity mask or a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _cpu_quota(Path("/sys/fs/cgroup/cpu.max"))))
+
+
+def _cpu_quota(file: Path) -> int:
+    """Whole cores of a cgroup's quota ("200000 100000": two); a very large number where there is none."""
+    try:
+        quota, period = file.read_text(encoding="utf-8").split()
+        return sys.maxsize if quota == "max" else int(quota) // int(period)
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def load_torch(*, num_threads: int | None = None) -> ModuleType:

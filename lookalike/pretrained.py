@@ -1,6 +1,7 @@
 """Where a backbone's first weights come from."""
 
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -26,15 +27,21 @@ def load_backbone_weights(backbone: nn.Module, weights: Weights, *, backbone_nam
         case FileWeights(path=path):
             if not path.is_file():
                 raise ArtifactError(f"weights file {path} does not exist")
-            if path.suffix == ".safetensors":
-                state = load_file(path)
-            else:
-                state = torch.load(path, weights_only=True, map_location="cpu")
-            _load_state(backbone, state, where=str(path))
+            _load_state(backbone, _read_state(path), where=str(path))
         case PackageWeights(package=package):
             if backbone_name != "tf_efficientnet_lite0":
                 raise SettingsError(f"{package} holds weights for tf_efficientnet_lite0, not for {backbone_name}")
             _load_lite0(backbone, package)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # both readers raise whatever a damaged file leads them to
+        raise ArtifactError(f"weights file {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"weights file {path} holds a {type(state).__name__}, expected a state dict.")
+    return state
 
 
 def _load_lite0(backbone: nn.Module, package: str) -> None:

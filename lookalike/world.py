@@ -14,6 +14,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -27,9 +28,16 @@ class World:
                 rank=int(environment.get("RANK", "0")),
                 size=int(environment.get("WORLD_SIZE", "1")),
                 local_rank=int(environment.get("LOCAL_RANK", "0")),
+                local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
             )
         except ValueError as error:
-            raise SettingsError(f"RANK, WORLD_SIZE and LOCAL_RANK do not describe a world: {error}") from error
+            raise SettingsError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE do not describe a world: {error}"
+            ) from error
+
+    def share_of_cores(self, num_cores: int) -> int:
+        """Threads that each process of this machine may use so that together they use its cores."""
+        return max(1, num_cores // self.local_size)
 
     @property
     def is_first(self) -> bool:

@@ -33,12 +33,12 @@ def train(
         _print_plan(settings, as_json=as_json)
         return
     from lookalike.collectives import process_group
-    from lookalike.native_libraries import load_torch
+    from lookalike.native_libraries import load_torch, num_cores
     from lookalike.world import World
     from training.loop import train as run_training
 
     world = World.detect()
-    load_torch(num_threads=settings.num_threads)
+    load_torch(num_threads=settings.num_threads or world.share_of_cores(num_cores()))
     with process_group(world):
         encoder = run_training(settings, world=world)
     if world.is_first:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lookalike.artifacts import Manifest, publishing, read_manifest, verify_files, write_manifest
 from lookalike.encoder import Encoder, read_weights, write_encoder
-from lookalike.errors import ArtifactError
+from lookalike.errors import ArtifactError, DamagedArtifact
 
 CHECKPOINT_KIND = "checkpoint"
 CHECKPOINT_VERSION = 1
@@ -41,7 +41,9 @@ def save_checkpoint(
         identity: Fingerprint of settings and data; a resume with another one is refused.
     """
     folder = _folder(run, step)
-    # A step is repeated when the newest checkpoint was damaged and the run went on from an older one.
+    # Later checkpoints are damaged ones that were passed over: the run went on from before them.
+    for later in [other for other in _folders(run) if _step_of(other) > step]:
+        shutil.rmtree(later)
     with publishing(folder, replace=True) as temporary:
         (temporary / _ENCODER_FOLDER).mkdir()
         write_encoder(encoder, temporary / _ENCODER_FOLDER)
@@ -59,13 +61,13 @@ def load_newest_checkpoint(run: Path, *, identity: str) -> Checkpoint | None:
     A damaged checkpoint is passed over with a warning; older ones are tried.
 
     Raises:
-        ArtifactError: the run folder belongs to other settings or data.
+        ArtifactError: the run folder belongs to other settings or data, or to a newer version of this program.
     """
     for folder in reversed(_folders(run)):
         try:
             manifest = read_manifest(folder, kind=CHECKPOINT_KIND, newest_version=CHECKPOINT_VERSION)
             verify_files(folder, manifest)
-        except ArtifactError as error:
+        except DamagedArtifact as error:
             logger.warning("passing over checkpoint %s: %s", folder, error)
             continue
         if manifest.details["identity"] != identity:
@@ -85,4 +87,8 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _folders(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step_*"))
+    return sorted((run / "checkpoints").glob("step_*"), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

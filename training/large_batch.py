@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from lookalike.counter_random import counter_hash
+
 # Own embeddings of the batch -> (loss, gradient of the loss with respect to them).
 ScoreEmbeddings = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -71,6 +73,6 @@ def chunk_device(encoder: nn.Module) -> torch.device:
 def _seeded(seed: int, chunk: int, device: torch.device) -> Iterator[None]:
     """Runs a block under its own random state and leaves the global one as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # An odd multiplier spreads (seed, chunk) over 63 bits, so neighbouring chunks share no stream.
-        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + chunk) % 2**63)
+        # The CPU's generator uses 32 bits of its seed: hashed, so that they depend on all bits of both.
+        torch.manual_seed(int(counter_hash(seed, chunk)) >> 32)
         yield

@@ -17,7 +17,7 @@ from data_pipelines.loader import training_batches
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import TrainingTransform
 from lookalike.artifacts import fingerprint, read_manifest, write_text_atomically
-from lookalike.collectives import any_rank, barrier, sum_over_ranks
+from lookalike.collectives import all_gather_rows, any_rank, barrier, sum_over_ranks
 from lookalike.encoder import ENCODER_KIND, ENCODER_VERSION, Encoder, available_device, create_encoder, save_encoder
 from lookalike.errors import ArtifactError, NonFiniteLoss, SettingsError
 from lookalike.events import EventLog
@@ -30,7 +30,7 @@ from training.distributed_loss import score_across_ranks
 from training.large_batch import backward_large_batch, chunk_device, freeze_batch_norm
 from training.losses import mixing_coefficients, recall_at_k_surrogate, surrogate_floor
 from training.optimizer import create_optimizer, freeze_parameters, schedule_factor, set_learning_rate
-from training.settings import RecallAtKLoss, TrainSettings
+from training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,13 @@ def train(settings: TrainSettings, *, world: World = World()) -> Path:
     with ShardSet.open(settings.shards) as shard_set:
         identity = run_identity(settings, shard_set)
         encoder_folder = settings.run / "encoder"
-        if encoder_folder.exists():
+        is_finished = encoder_folder.exists()
+        state = None if is_finished else begin_or_resume(settings, identity)
+        _require_same_start(settings.run, None if state is None else state.step, world)
+        if state is None:
             _require_same_run(settings.run, identity)
             logger.info("%s is trained already", encoder_folder)
             return encoder_folder
-        state = begin_or_resume(settings, identity)
         if world.is_first:
             _describe_run(settings, identity)
         run_steps(state, settings, shard_set, identity=identity, world=world)
@@ -107,13 +109,16 @@ def run_steps(
         EventLog(settings.run / f"events-rank{world.rank}.jsonl") as events,
         Progress(settings.num_steps, description="training", unit="steps", done=state.step) as progress,
     ):
+        started = time.perf_counter()
         for batch in batches:
-            started = time.perf_counter()
             set_learning_rate(
                 state.optimizer, schedule_factor(batch.step, settings.optimizer, num_steps=settings.num_steps)
             )
             measured = take_step(state, batch.pixels, batch.labels, settings, step=batch.step, world=world)
-            measured["images_per_second"] = round(settings.batch.num_images / (time.perf_counter() - started), 2)
+            # From the end of the step before: waiting for pictures counts.
+            finished = time.perf_counter()
+            measured["images_per_second"] = round(settings.batch.num_images / (finished - started), 2)
+            started = finished
             events.write("step", step=batch.step, **measured)
             progress.advance(note=f"loss {measured['loss']:.4f}, hit rate@1 {measured['hit_rate_at_1']:.3f}")
             is_last = state.step == settings.num_steps
@@ -168,7 +173,7 @@ def take_step(
     state.step = step + 1
     return {
         "loss": loss.item(),
-        "loss_above_floor": loss.item() - _floor(labels, settings.loss),
+        "loss_above_floor": loss.item() - _floor(settings),
         "hit_rate_at_1": hit_rate_of_batch(embeddings, labels),
         "gradient_norm": gradient_norm.item(),
         "lr": state.optimizer.param_groups[0]["lr"],
@@ -196,7 +201,10 @@ def _loss_of_share(settings: TrainSettings, step: int) -> Any:
     return share_of_loss
 
 
-def _floor(labels: Int64[Tensor, "batch"], options: RecallAtKLoss) -> float:
+def _floor(settings: TrainSettings) -> float:
+    """The loss of a global batch whose every ranking is perfect."""
+    batch, options = settings.batch, settings.loss
+    labels = torch.arange(batch.classes_per_batch).repeat_interleave(batch.images_per_class)
     return surrogate_floor(
         labels,
         ks=options.ks,
@@ -227,10 +235,11 @@ def begin_or_resume(settings: TrainSettings, identity: str) -> TrainingState:
     encoder = create_encoder(settings.encoder, settings.weights).to(available_device())
     try:
         freeze_parameters(encoder, settings.frozen)
+        optimizer = create_optimizer(encoder, settings.optimizer)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     average = copy.deepcopy(encoder).requires_grad_(False) if settings.average_decay is not None else None
-    state = TrainingState(encoder, create_optimizer(encoder, settings.optimizer), average)
+    state = TrainingState(encoder, optimizer, average)
     checkpoint = load_newest_checkpoint(settings.run, identity=identity)
     if checkpoint is not None:
         state.load(checkpoint)
@@ -239,7 +248,11 @@ def begin_or_resume(settings: TrainSettings, identity: str) -> TrainingState:
 
 
 def run_identity(settings: TrainSettings, shard_set: ShardSet) -> str:
-    """Fingerprint of all that decides the trained weights; where files lie and how fast they are read does not."""
+    """Fingerprint of the settings and data that decide what is trained.
+
+    Where files lie and how fast they are read is left out, and so are the number of threads and processes: a run may
+    go on with others, but the last bits of its weights then differ.
+    """
     tree = dump_settings(settings)
     for name in ("run", "shards", "num_workers", "steps_per_checkpoint", "num_kept_checkpoints", "num_threads"):
         del tree[name]
@@ -250,6 +263,17 @@ def _describe_run(settings: TrainSettings, identity: str) -> None:
     settings.run.mkdir(parents=True, exist_ok=True)
     text = f"# Resolved settings of this run, identity {identity}\n{yaml.safe_dump(dump_settings(settings))}"
     write_text_atomically(settings.run / "settings.yaml", text)
+
+
+def _require_same_start(run: Path, step: int | None, world: World) -> None:
+    """Raises ArtifactError on every rank unless all stand at the same step, or all see a finished run (None)."""
+    own = torch.tensor([-1 if step is None else step], device=available_device())
+    steps = all_gather_rows(own, world).tolist()
+    if len(set(steps)) > 1:
+        raise ArtifactError(
+            f"the processes see different states of {run} (steps {sorted(set(steps))}, -1 for finished). "
+            "The run folder must lie on storage that all of them share."
+        )
 
 
 def _require_same_run(run: Path, identity: str) -> None:

@@ -25,13 +25,19 @@ def freeze_parameters(encoder: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def create_optimizer(encoder: Encoder, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Groups: backbone and projection, each with and without weight decay."""
+    """Groups: backbone and projection, each with and without weight decay.
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             # One-dimensional parameters are norms, biases and the power of the pooling.
             key = (name.startswith("backbone."), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
+    if not groups:
+        raise ValueError("frozen: no parameter is left to train")
     return torch.optim.AdamW(
         [
             {

@@ -16,7 +16,7 @@ class RecallAtKLoss(Settings):
     """RS@k, the recall@k surrogate, with similarity mixup (SiMix)."""
 
     name: Literal["recall_at_k"] = "recall_at_k"
-    ks: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16)
+    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 16)
     """The k of recall@k; the loss is their mean."""
     rank_temperature: PositiveFloat = 0.01
     """Width of the sigmoid that counts better-ranked images, in cosine similarity."""
@@ -90,14 +90,14 @@ class TrainSettings(Settings):
     augmentation: AugmentationSettings = AugmentationSettings()
     """Random changes of the training pictures."""
     steps_per_checkpoint: PositiveInt = 100
-    """A checkpoint every so many steps; a killed run resumes from the last one to the same bits."""
+    """A checkpoint every so many steps; on CPUs a killed run resumes from the last one to the same bits."""
     num_kept_checkpoints: PositiveInt = 2
     """Older checkpoints are removed."""
     num_workers: NonNegativeInt = 2
     """Processes that decode and augment; results do not depend on it."""
     num_threads: PositiveInt | None = None
     """Threads of the arithmetic; null takes all cores. Bit-equal reruns need the same number."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of weights, batches, augmentation and mixing."""
 
     @model_validator(mode="after")

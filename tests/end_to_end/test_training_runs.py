@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ def config(tmp_path: Path, shards_folder: Path) -> Path:
         "loss": {"ks": [1, 2, 4], "rank_temperature": 0.05, "mixes_similarities": True},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2, "max_gradient_norm": 1.0},
         "average_decay": 0.9,
-        "augmentation": {"crop_scale": [0.6, 1.0], "hue": 0.1, "rotation_degrees": 10},
+        "augmentation": yaml.safe_load(resources.files("demo").joinpath("recipe.yaml").read_text())["augmentation"],
         "steps_per_checkpoint": 2,
         "num_workers": 1,
-        "num_threads": 1,
+        "num_threads": 2,
         "seed": 3,
     }
     path = tmp_path / "train.yaml"
@@ -77,13 +78,13 @@ def kill_after_step(config: Path, run: Path, step: int) -> None:
 def test_a_run_killed_at_random_steps_ends_with_the_bits_of_an_undisturbed_one(config: Path, tmp_path: Path) -> None:
     train(config, f"run={tmp_path / 'undisturbed'}")
     killed = tmp_path / "killed"
-    first = random.Random(os.urandom(8)).randrange(1, NUM_STEPS - 4)
+    first = random.Random(os.urandom(8)).randrange(2, NUM_STEPS - 4)
     for step in (first, first + 3):
         kill_after_step(config, killed, step)
         assert not (killed / "encoder").exists()
     train(config, f"run={killed}", "num_workers=0")
     steps = [event["step"] for event in read_events(killed / "events-rank0.jsonl", "step")]
-    assert len(steps) < 3 * NUM_STEPS - 4, "it must have resumed, not begun again"
+    assert steps.count(0) == 1, "it must have resumed, not begun again"
     expected, found = weights(tmp_path / "undisturbed"), weights(killed)
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt64
-from numpy import ndarray
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from lookalike.counter_random import counter_hash
 from training.losses.class_rows import group_by_class
 from training.losses.sparse_matrix import SparseMatrix, sparse_matrix
 
@@ -58,21 +58,10 @@ def mixing_coefficients(labels: Int[Tensor, "batch"], *, seed: int, step: int) -
             raise ValueError(f"{name} must be between 0 and 2^63 - 1, got {number}")
     pairs = mixing_pairs(labels)
     slots = group_by_class(labels).slots[pairs]
-    words = torch.stack([labels[pairs[:, 0]].long(), slots[:, 0], slots[:, 1]]).cpu().numpy().view(np.uint64)
-    state = np.full(len(pairs), seed, dtype=np.uint64)
-    for word in (np.uint64(step), *words):
-        state = _splitmix64(state) ^ word
+    words = torch.stack([labels[pairs[:, 0]].long(), slots[:, 0], slots[:, 1]]).cpu().numpy()
     # The middle of one of 2^23 equal cells: exact in float32, never 0 or 1.
-    cells = (_splitmix64(state) >> np.uint64(41)).astype(np.float64)
+    cells = (counter_hash(seed, step, *words) >> np.uint64(41)).astype(np.float64)
     return torch.from_numpy(((cells + 0.5) / 2**23).astype(np.float32)).to(labels.device)
-
-
-def _splitmix64(state: UInt64[ndarray, "pairs"]) -> UInt64[ndarray, "pairs"]:
-    """One output of the generator at each state: Steele, Lea, Flood, OOPSLA 2014, with the constants in common use."""
-    mixed = state + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True)

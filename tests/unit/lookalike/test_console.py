@@ -1,10 +1,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lookalike.__main__ import VERBS, main
+from lookalike.errors import SettingsError
+from lookalike.native_libraries import _cpu_quota, num_cores
 from lookalike.world import World
 
 
@@ -58,7 +61,11 @@ def test_doctor_finds_this_installation_sound() -> None:
 
 def test_the_world_comes_from_the_launcher() -> None:
     assert World.detect({}) == World(0, 1, 0)
-    assert World.detect({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == World(3, 4, 1)
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert World.detect(launched) == World(3, 4, 1, 2)
+    assert [World.detect(launched).share_of_cores(cores) for cores in (1, 2, 5)] == [1, 1, 2]
+    with pytest.raises(SettingsError, match="RANK"):
+        World.detect({"RANK": "four"})
     with pytest.raises(ValueError, match="outside"):
         World(rank=2, size=2)
 
@@ -73,3 +80,12 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 130
     assert result.stderr.strip() == "lookalike wait: interrupted. Run the same command again to continue."
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("200000 100000", 2), ("50000 100000", 0), ("max 100000", None), ("?", None)]
+)
+def test_a_containers_quota_bounds_the_cores(tmp_path: Path, text: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert _cpu_quota(tmp_path / "cpu.max") == (sys.maxsize if cores is None else cores)
+    assert num_cores() >= 1

@@ -68,6 +68,10 @@ def test_weights_from_a_file_fill_the_backbone_and_foreign_ones_are_refused(tmp_
     torch.save({"conv1.0.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ArtifactError, match="does not fit"):
         create_encoder(SMALL, FileWeights(path=tmp_path / "other.pt"))
+    for name in ("garbage.pt", "garbage.safetensors"):
+        (tmp_path / name).write_bytes(b"garbage" * 10)
+        with pytest.raises(ArtifactError, match=name):
+            create_encoder(SMALL, FileWeights(path=tmp_path / name))
     with pytest.raises(ArtifactError, match="does not exist"):
         create_encoder(SMALL, FileWeights(path=tmp_path / "none.pt"))
 
@@ -108,3 +112,16 @@ def test_torchvision_imports_beside_this_torch_in_a_fresh_process() -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "vit_tiny_patch16_224", "pooling": "gem", "input": {"size": 224}}, "Choose the other pooling"),
+        ({"backbone": "vit_tiny_patch16_224", "input": {"size": 64}}, "does not take pictures of 64"),
+        ({"backbone": "vgg11", "drop_path_rate": 0.1, "input": {"size": 32}}, "does not take these settings"),
+    ],
+)
+def test_settings_that_do_not_fit_the_backbone_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        create_encoder(EncoderSettings.model_validate(changes))

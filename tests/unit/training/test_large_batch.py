@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lookalike.counter_random import counter_hash
 from training.large_batch import backward_large_batch, freeze_batch_norm
 from training.losses import recall_at_k_surrogate
 
@@ -46,7 +47,7 @@ def one_pass(chunk_size: int, seed: int) -> tuple[Tensor, list[Tensor]]:
     encoder = prepared_encoder()
     parts = []
     for index, chunk in enumerate(PIXELS.split(chunk_size)):
-        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + index) % 2**63)
+        torch.manual_seed(int(counter_hash(seed, index)) >> 32)
         parts.append(encoder(chunk))
     loss = recall_at_k_surrogate(torch.cat(parts), LABELS, rank_temperature=0.1)
     loss.backward()

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,33 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: 
     assert load_newest_checkpoint(tmp_path / "empty", identity="x") is None
 
 
+def test_after_damage_the_run_goes_on_from_before_it_and_keeps_what_it_writes(tmp_path: Path) -> None:
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t"))
+    for step in (100, 200):
+        save_checkpoint(tmp_path, encoder, {}, step=step, identity="x", num_kept=2)
+    (tmp_path / "checkpoints" / "step_000200" / "training_state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, encoder, {}, step=110, identity="x", num_kept=1)
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert checkpoint.step == 110
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, encoder, {}, step=step, identity="x", num_kept=1)
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert checkpoint.step == 1_000_000
+
+
+def test_a_checkpoint_of_a_newer_program_is_not_taken_for_damage(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path, create_encoder(EncoderSettings(backbone="resnet10t")), {}, step=1, identity="x", num_kept=1
+    )
+    manifest = tmp_path / "checkpoints" / "step_000001" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**tree, "format_version": 99, "a_new_field": 1}))
+    with pytest.raises(ArtifactError, match="Upgrade lookalike"):
+        load_newest_checkpoint(tmp_path, identity="x")
+
+
 def test_a_loss_that_is_not_finite_stops_before_weights_move(
     shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +130,20 @@ def test_batches_that_cannot_be_made_are_refused_by_name(shards_folder: Path, tm
         nowhere = settings_for(shards_folder, tmp_path, split="validation")
         with pytest.raises(DataError, match="validation"):
             plan_batches(nowhere, shard_set, World())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"seed": -1}, "seed"), ({"loss": {"ks": []}}, "loss.ks"), ({"num_steps": 0}, "num_steps")]
+)
+def test_impossible_settings_are_refused_at_once(tmp_path: Path, changes: dict[str, object], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        settings_for(tmp_path, tmp_path, **changes)
+
+
+def test_freezing_everything_is_refused(tmp_path: Path) -> None:
+    encoder = {"backbone": "resnet10t", "input": {"size": 32}}
+    with pytest.raises(SettingsError, match="no parameter is left"):
+        begin_or_resume(settings_for(tmp_path, tmp_path, encoder=encoder, frozen=["backbone."]), "x")
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(shards_folder: Path, tmp_path: Path) -> None:
