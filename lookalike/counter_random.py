@@ -16,7 +16,7 @@ def counter_hash(*counters: int | ndarray) -> UInt64[ndarray, "*shape"]:
     first, *rest = (_as_words(counter) for counter in counters)
     state = np.array(first)
     for words in rest:
-        state = _splitmix64(state) ^ words
+        state = np.asarray(_splitmix64(state) ^ words)
     return _splitmix64(state)
 
 
