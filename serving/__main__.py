@@ -1,5 +1,6 @@
 """Command: serve."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lookalike.console import new_app, print_result, run_command
-from lookalike.settings import validate_settings
+from lookalike.errors import SettingsError
+from lookalike.settings import load_settings, validate_settings
 from serving.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -20,15 +22,20 @@ _DEFAULTS = {name: field.default for name, field in ServingSettings.model_fields
 
 @app.command()
 def serve(
-    index: Annotated[Path, typer.Option(help="Index folder, made by `lookalike index build`.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = _DEFAULTS["host"],
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = _DEFAULTS["port"],
+    index: Annotated[Path | None, typer.Option(help="Index folder, made by `lookalike index build`.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=str(_DEFAULTS["host"]))] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default=str(_DEFAULTS["port"]))
+    ] = None,
     shards: Annotated[Path | None, typer.Option(help="Shards of the pictures, if they have moved.")] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="YAML file with these and more settings; options win over it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once the server listens.")] = False,
 ) -> None:
     """Serve an index over HTTP until Ctrl-C, with a search page at /."""
-    tree = {"index": index, "host": host, "port": port, "shards": shards}
-    settings = validate_settings(ServingSettings, tree, where="options of serve")
+    options = {"index": index, "host": host, "port": port, "shards": shards}
+    settings = _settings({name: value for name, value in options.items() if value is not None}, settings_file)
     from serving.server import serve as serve_until_stopped
 
     def announce(server: "RunningServer") -> None:
@@ -44,6 +51,17 @@ def serve(
         sys.stdout.flush()  # Whoever started us through a pipe waits for this line.
 
     serve_until_stopped(settings, on_ready=announce)
+
+
+def _settings(options: dict[str, Path | str | int], file: Path | None) -> ServingSettings:
+    """The file's settings, with `options` in their place where given."""
+    if file is not None:
+        # Overrides are read as YAML, and JSON is YAML in which a path stays text whatever its characters.
+        overrides = [f"{name}={json.dumps(value, default=str, ensure_ascii=False)}" for name, value in options.items()]
+        return load_settings(ServingSettings, file, overrides)
+    if "index" not in options:
+        raise SettingsError("no index to serve: give --index, or --settings with a file that names one.")
+    return validate_settings(ServingSettings, options, where="options of serve")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m serving") -> None:

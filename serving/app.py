@@ -13,13 +13,15 @@ from pydantic.json_schema import models_json_schema
 
 from lookalike.artifacts import versions
 from serving import routes
-from serving.middleware import BodyLimit, RequestEnvelope
+from serving.addresses import host_in_url, is_loopback
+from serving.middleware import BodyLimit, KnownHosts, RequestEnvelope
 from serving.problems import add_problem_handlers
 from serving.query_engine import QueryEngine
 from serving.schemas import ProblemDetails, SearchForm, SearchRequest
 from serving.settings import ServingSettings
 
 _PAGE_FOLDER = Path(__file__).parent / "page"
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _TAGS = [
     {"name": "search", "description": "Find pictures that show the same thing."},
     {"name": "items", "description": "The pictures of the gallery."},
@@ -33,7 +35,6 @@ def create_app(engine: QueryEngine, settings: ServingSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.warm_up()
         app.state.is_ready = True
         yield
         app.state.is_ready = False
@@ -48,7 +49,7 @@ def create_app(engine: QueryEngine, settings: ServingSettings) -> FastAPI:
         # The stock documentation pages load scripts from elsewhere, which our content-security policy forbids.
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(RequestEnvelope), Middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)],
+        middleware=_middleware(settings),
         lifespan=lifespan,
     )
     app.state.engine, app.state.limits, app.state.is_ready = engine, settings.limits, False
@@ -59,6 +60,14 @@ def create_app(engine: QueryEngine, settings: ServingSettings) -> FastAPI:
     app.mount("/page", StaticFiles(directory=_PAGE_FOLDER))
     _complete_openapi(app)
     return app
+
+
+def _middleware(settings: ServingSettings) -> list[Middleware]:
+    """Outermost first."""
+    layers = [Middleware(RequestEnvelope)]
+    if is_loopback(settings.host):
+        layers.append(Middleware(KnownHosts, hosts={*_LOCAL_HOSTS, host_in_url(settings.host).lower()}))
+    return [*layers, Middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)]
 
 
 async def _page() -> FileResponse:

@@ -1,4 +1,5 @@
-"""Around every request: an id, safe headers, an answer to unexpected errors, and an end to bodies that are too long.
+"""Around every request: an id, safe headers, an answer to unexpected errors, an end to bodies that are too long, and
+no answer to foreign names.
 
 Plain ASGI, because Starlette's BaseHTTPMiddleware costs more than a whole search by vector.
 """
@@ -7,6 +8,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -35,6 +37,7 @@ _SAFE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
+_PORT = re.compile(r":\d*\Z")
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 logger = logging.getLogger(__name__)
@@ -67,25 +70,44 @@ class RequestEnvelope:
 
         try:
             await self._app(scope, receive, send_enveloped)
+        # The path is logged as a literal: it comes decoded, and its line breaks would forge lines of the log.
         except ClientDisconnect:
-            logger.info("%s %s left before its answer, request %s", scope["method"], scope["path"], request_id)
+            logger.info("%s %r left before its answer, request %s", scope["method"], scope["path"], request_id)
             return
         except Exception as error:
             problem = problem_of(error)
             if problem.code == "server.error":
-                logger.exception("%s %s failed, request %s", scope["method"], scope["path"], request_id)
+                logger.exception("%s %r failed, request %s", scope["method"], scope["path"], request_id)
             if status is not None:
                 raise
             await problem_response(problem, request_id=request_id)(scope, receive, send_enveloped)
         logger.log(
             logging.DEBUG if status is not None and status < 400 else logging.INFO,
-            "%s %s %s in %.1f ms, request %s",
+            "%s %r %s in %.1f ms, request %s",
             scope["method"],
             scope["path"],
             status,
             1000 * (time.perf_counter() - started),
             request_id,
         )
+
+
+class KnownHosts:
+    """Refuses requests whose Host is none of `hosts`, whatever the port.
+
+    For servers that only this machine reaches: a website can make its name point at 127.0.0.1, and its scripts, running
+    in a browser on this machine, would then count as ours and read every picture.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = Headers(scope=scope).getlist("host")
+            if len(given) != 1 or _PORT.sub("", given[0]).lower() not in self._hosts:
+                raise Problem("host.not_allowed", f"this server answers to {', '.join(sorted(self._hosts))} only")
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

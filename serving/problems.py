@@ -16,6 +16,8 @@ from serving.query_engine import PicturesUnavailableError, UnknownItemError, Uns
 from serving.schemas import FieldError, ProblemDetails
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+_MOST_ERRORS = 20
+_LONGEST_FIELD_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "request.malformed": ProblemKind(400, "Send well-formed JSON, or multipart/form-data with a boundary."),
     "request.invalid": ProblemKind(422, "Correct the fields named in `errors`; /openapi.json describes each."),
     "request.refused": ProblemKind(400, "See /openapi.json for what this server understands."),
+    "host.not_allowed": ProblemKind(421, "Open the address that the server printed; a proxy must send it as Host."),
     "route.unknown": ProblemKind(404, "See /openapi.json for the routes of this server."),
     "method.not_allowed": ProblemKind(405, "Use a method named in the Allow header."),
     "body.too_large": ProblemKind(413, "Send a smaller picture; /v1/info tells the limit."),
@@ -85,16 +88,20 @@ def problem_response(problem: Problem, *, request_id: str) -> JSONResponse:
 
 
 def invalid_field(field: str, message: str) -> Problem:
-    return Problem("request.invalid", f"{field}: {message}", errors=[FieldError(field=field, message=message)])
+    error = _field_error(field, message)
+    return Problem("request.invalid", f"{error.field}: {error.message}", errors=[error])
 
 
 def invalid_request(error: ValidationError | RequestValidationError) -> Problem:
-    """Names every refused field; the refused values themselves are not sent back."""
+    """Names the first refused fields and counts the others; the refused values themselves are not sent back."""
     found = error.errors()
     if any(entry["type"] == "json_invalid" for entry in found):
         return Problem("request.malformed", f"the body is not JSON: {found[0]['msg']}")
-    errors = [FieldError(field=_field_name(entry["loc"]), message=entry["msg"]) for entry in found]
-    return Problem("request.invalid", "; ".join(f"{e.field}: {e.message}" for e in errors), errors=errors)
+    errors = [_field_error(_field_name(entry["loc"]), entry["msg"]) for entry in found[:_MOST_ERRORS]]
+    sentences = [f"{error.field}: {error.message}" for error in errors]
+    if len(found) > len(errors):
+        sentences.append(f"and {len(found) - len(errors)} more")
+    return Problem("request.invalid", "; ".join(sentences), errors=errors)
 
 
 def problem_of(error: Exception) -> Problem:
@@ -163,6 +170,12 @@ def _example(code: str) -> dict[str, Any]:
         "fix": kind.fix,
         "request_id": "5f1c6c1d0e9b4c39a0f6d6a0b5a4c7e2",
     }
+
+
+def _field_error(field: str, message: str) -> FieldError:
+    """Shortens the name, which may come from the client."""
+    shown = field if len(field) <= _LONGEST_FIELD_NAME else field[: _LONGEST_FIELD_NAME - 1] + "…"
+    return FieldError(field=shown, message=message)
 
 
 def _field_name(location: Sequence[Any]) -> str:

@@ -122,12 +122,12 @@ class QueryEngine:
         return cls(index, index.load_encoder(), _open_shards(index, shards_folder), num_workers=num_workers)
 
     async def warm_up(self) -> None:
-        """Answers one query, so that the first user does not wait for lazily built parts."""
+        """Answers one query and sorts the ids, so that the first user does not wait for parts that are made late."""
         side = self._encoder.settings.input.size
         picture = io.BytesIO()
         Image.new("RGB", (side, side), "grey").save(picture, format="PNG")
-        pixels = await self._run(self._workers, self._decode, picture.getvalue())
-        await self._run(self._encoder_worker, self._encode, pixels)
+        await self.search_by_picture(picture.getvalue(), SearchParameters())
+        await self._run(self._workers, lambda: self.index.ids)
 
     async def search_by_picture(self, picture: bytes, parameters: SearchParameters) -> Answer:
         """Raises DecodeError where the bytes are not a picture that can be decoded."""
@@ -164,9 +164,7 @@ class QueryEngine:
 
     async def random_items(self, count: int, *, seed: int) -> list[Item]:
         """Different items, in random order; all of them where the gallery holds fewer than `count`."""
-        num_vectors = self.index.num_vectors
-        positions = np.random.default_rng(seed).choice(num_vectors, size=min(count, num_vectors), replace=False)
-        return await self._run(self._workers, self._items_of, self.index.ids[positions].tolist())
+        return await self._run(self._workers, self._random_items, count, seed)
 
     async def original_picture(self, id: int) -> OriginalPicture:
         """Raises UnknownItemError, or PicturesUnavailableError where the server has no shards."""
@@ -213,6 +211,11 @@ class QueryEngine:
             Item(id, row["key"], row["class_name"], row["width"], row["height"])
             for id, row in zip(ids, rows, strict=True)
         ]
+
+    def _random_items(self, count: int, seed: int) -> list[Item]:
+        num_vectors = self.index.num_vectors
+        positions = np.random.default_rng(seed).choice(num_vectors, size=min(count, num_vectors), replace=False)
+        return self._items_of(self.index.ids[positions].tolist())
 
     def _require_indexed(self, id: int) -> None:
         # The metadata table also has rows of pictures without a vector: skipped ones and other splits.

@@ -56,8 +56,8 @@ Engine = Annotated[QueryEngine, Depends(_engine_of)]
 Limits = Annotated[ServingLimits, Depends(_limits_of)]
 IdInPath = Annotated[int, Path(ge=0, le=LARGEST_ID, description="As in a hit.", examples=[0])]
 
-api = APIRouter(prefix="/v1", responses=problem_responses("server.error"))
-health = APIRouter(tags=["health"])
+api = APIRouter(prefix="/v1", responses=problem_responses("host.not_allowed", "server.error"))
+health = APIRouter(tags=["health"], responses=problem_responses("host.not_allowed"))
 
 
 @api.post(

@@ -207,4 +207,4 @@ class ProblemDetails(_Answer):
     request_id: str
     """Also in the server's log."""
     errors: list[FieldError] | None = None
-    """With `request.invalid`: every refused field."""
+    """With `request.invalid`: the refused fields, at most 20 of them."""

@@ -2,17 +2,17 @@
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
 
 from lookalike.errors import ResourceError
+from serving.addresses import host_in_url, is_loopback
 from serving.app import create_app
 from serving.query_engine import QueryEngine
 from serving.settings import ServingSettings
@@ -45,10 +45,11 @@ def serve(settings: ServingSettings, *, on_ready: Callable[[RunningServer], None
     with _bound_socket(settings.host, settings.port) as listener:
         engine = QueryEngine.open(settings.index, shards_folder=settings.shards, num_workers=settings.num_workers)
         host, port = settings.host, listener.getsockname()[1]
-        if not _is_loopback(listener):
+        if not is_loopback(listener.getsockname()[0]):
             logger.warning("listening on %s: everyone who reaches it can search and see all pictures", host)
-        url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-        running = RunningServer(url, host, port, engine.index.version, engine.index.num_vectors)
+        running = RunningServer(
+            f"http://{host_in_url(host)}:{port}/", host, port, engine.index.version, engine.index.num_vectors
+        )
         config = uvicorn.Config(
             create_app(engine, settings),
             log_config=None,
@@ -59,15 +60,25 @@ def serve(settings: ServingSettings, *, on_ready: Callable[[RunningServer], None
             lifespan="on",
             timeout_graceful_shutdown=_SECONDS_TO_FINISH,
         )
-        _Server(config, on_started=lambda: on_ready(running)).run(sockets=[listener])
+        with contextlib.closing(engine):  # The application closes it too, if it gets to start.
+            _Server(config, warm_up=engine.warm_up, on_started=lambda: on_ready(running)).run(sockets=[listener])
+
+
+def require_free_port(host: str, port: int) -> None:
+    """For whoever works long before it serves: raises what `serve` would, if the port cannot be had now."""
+    _bound_socket(host, port).close()
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, *, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, warm_up: Callable[[], Awaitable[None]], on_started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._on_started = on_started
+        self._warm_up, self._on_started = warm_up, on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Not when the application starts: of an error there, uvicorn leaves no more than an exit with its own code.
+        await self._warm_up()
         await super().startup(sockets)
         self._on_started()
 
@@ -90,7 +101,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ResourceError(f"host {host!r} is not an address of this machine: {error}.") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -104,7 +115,3 @@ def _bound_socket(host: str, port: int) -> socket.socket:
             ) from error
         raise ResourceError(f"cannot listen on port {port} of {host}: {error.strerror}.") from error
     return listener
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback

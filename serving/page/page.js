@@ -277,7 +277,13 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   $("picker").focus();
 });
-window.addEventListener("popstate", (event) => show(event.state ?? newStart(), { moveFocus: true }));
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // A fragment in the address would be a step in the history.
+  $("heading").focus();
+});
+window.addEventListener("popstate", ({ state: next }) => {
+  if (next) show(next, { moveFocus: true }); // Only a fragment typed into the address comes without a state.
+});
 
 // ---- Beginning
 

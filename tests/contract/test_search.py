@@ -4,6 +4,7 @@ Ways: brute force by streaming, parts searched apart and merged, a flat and a pa
 index read from disk, and the HTTP API.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
     build_index(embeddings, folder / "index", IndexSettings(type="IVF2,Flat", target_recall=0.5))
     vectors, ids = embeddings.vectors(), embeddings.ids
     engine = QueryEngine.open(folder / "index")
-    with TestClient(create_app(engine, ServingSettings(index=folder / "index"))) as client:
+    app = create_app(engine, ServingSettings(index=folder / "index"))
+    with TestClient(app, base_url="http://localhost") as client:
         yield Gallery(
             vectors,
             ids,
@@ -88,7 +90,9 @@ def _http(client: TestClient, queries: ndarray, k: int) -> SearchHits:
     """Answers without padding: the API returns what there is."""
     rows = []
     for query in queries:
-        answer = client.post("/v1/search", json={"vector": query.tolist(), "k": k, "exact": True})
+        # Written here, because the client's own encoder refuses NaN, and the server would never be asked.
+        body = json.dumps({"vector": query.tolist(), "k": k, "exact": True})
+        answer = client.post("/v1/search", content=body, headers={"content-type": "application/json"})
         if answer.status_code != 200:
             raise ValueError(answer.json()["detail"])
         rows.append([(hit["id"], hit["score"]) for hit in answer.json()["hits"]])
@@ -116,17 +120,16 @@ def test_hits_are_those_of_a_full_sort(gallery: Gallery, way: str, k: int) -> No
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_exact_duplicates_are_all_found(gallery: Gallery, way: str) -> None:
+def test_exact_duplicates_are_all_found_in_the_order_of_their_ids(gallery: Gallery, way: str) -> None:
     query = next(v for v, i in zip(gallery.vectors, gallery.ids, strict=True) if i == gallery.ids.min())
     twins = set(gallery.ids[(gallery.vectors == query).all(axis=1)].tolist())
     assert len(twins) == 6
     hits = gallery.ways[way](query[None], len(twins))
-    assert set(hits.ids[0].tolist()) == twins
+    assert hits.ids[0].tolist() == sorted(twins)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("query", [np.full((1, 24), np.nan, np.float32), np.zeros((1, 5), np.float32)])
 def test_queries_that_cannot_be_compared_are_refused(gallery: Gallery, way: str, query: ndarray) -> None:
-    # JSON has no NaN: the HTTP client itself refuses to write one.
-    with pytest.raises(ValueError, match=r"NaN|finite|length|dim|JSON"):
+    with pytest.raises(ValueError, match=r"NaN|length"):
         gallery.ways[way](query, 3)

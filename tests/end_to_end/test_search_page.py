@@ -188,6 +188,24 @@ def test_the_keyboard_is_enough(page: Page, small_index: SmallIndex) -> None:
     page.press(Keys.ENTER)
     page.wait_for_query("square")
     assert page.one("#announcement").get_attribute("textContent").startswith("Nearest pictures: ")
+    found = page.found_ids()
+    page.one(".skip").send_keys(Keys.ENTER)
+    page.wait_until_settled()
+    assert page.found_ids() == found
+    assert page.focused_id() == "heading"
+    page.press(Keys.TAB)
+    assert page.browser.switch_to.active_element.get_attribute("data-id") == str(found[0])
+
+
+def test_a_fragment_in_the_address_leaves_what_was_found(page: Page) -> None:
+    page.open("?id=3")
+    found = page.found_ids()
+    script = (
+        "const done = arguments[0]; addEventListener('hashchange', () => setTimeout(done)); location.hash = 'results'"
+    )
+    page.browser.execute_async_script(script)
+    page.wait_until_settled()
+    assert page.found_ids() == found
 
 
 def test_pictures_can_be_dropped_and_pasted(page: Page, small_index: SmallIndex) -> None:

@@ -6,7 +6,7 @@ from fastapi.testclient import TestClient
 from serving.app import create_app
 from serving.query_engine import QueryEngine
 from serving.settings import ServingSettings
-from tests.unit.serving.small_index import SmallIndex, make_small_index
+from tests.unit.serving.small_index import LOCAL, SmallIndex, make_small_index
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +21,6 @@ def engine(small_index: SmallIndex) -> QueryEngine:
 
 @pytest.fixture(scope="session")
 def client(engine: QueryEngine, small_index: SmallIndex) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, ServingSettings(index=small_index.index))) as client:
+    app = create_app(engine, ServingSettings(index=small_index.index))
+    with TestClient(app, base_url=LOCAL) as client:
         yield client

@@ -18,6 +18,7 @@ from lookalike.encoder_settings import EncoderSettings, InputSettings
 COLOURS = ("tomato", "gold", "teal", "orchid", "black", "silver")
 SHAPES = ("disc", "square", "ring", "triangle")
 NUM_PICTURES = len(COLOURS) * len(SHAPES)
+LOCAL = "http://localhost"  # How clients address a server that listens on this machine only.
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from lookalike.records import SearchHits
 from serving.app import create_app
 from serving.query_engine import QueryEngine
 from serving.settings import ServingSettings
-from tests.unit.serving.small_index import NUM_PICTURES, SmallIndex
+from tests.unit.serving.small_index import LOCAL, NUM_PICTURES, SmallIndex
 
 # Scores go through JSON as the shortest decimal of a float32; a vector scaled to unit length again moves its last bit.
 SCORE_TOLERANCE = 1e-6
@@ -112,7 +112,7 @@ def test_searches_at_the_same_time_do_not_mix(engine: QueryEngine, small_index: 
     app = create_app(engine, ServingSettings(index=small_index.index))
 
     async def search_all() -> list[httpx2.Response]:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url=LOCAL) as client:
             by_picture = [client.post("/v1/search", files={"image": picture}) for picture in pictures]
             by_id = [client.post("/v1/search", json={"id": id, "include_self": True}) for id in range(NUM_PICTURES)]
             return await asyncio.gather(*by_picture, *by_id)
@@ -169,7 +169,7 @@ def test_info_tells_limits_counts_and_the_measured_recall(client: TestClient, en
 
 def test_the_server_is_ready_only_while_it_runs(small_index: SmallIndex) -> None:
     app = create_app(QueryEngine.open(small_index.index), ServingSettings(index=small_index.index))
-    client = TestClient(app)
+    client = TestClient(app, base_url=LOCAL)
     before = client.get("/readyz")
     assert (before.status_code, before.json()["code"]) == (503, "server.not_ready")
     assert before.headers["retry-after"] == "1"
@@ -183,7 +183,8 @@ def test_without_shards_searching_works_and_pictures_are_said_to_be_missing(
     engine: QueryEngine, small_index: SmallIndex
 ) -> None:
     blind = QueryEngine(engine.index, engine.index.load_encoder(), shards=None)
-    with TestClient(create_app(blind, ServingSettings(index=small_index.index))) as client:
+    app = create_app(blind, ServingSettings(index=small_index.index))
+    with TestClient(app, base_url=LOCAL) as client:
         hits = client.post("/v1/search", json={"id": 3}).json()["hits"]
         assert [hit["image_url"] for hit in hits] == [None] * 10
         assert client.get("/v1/items/3/image").json()["code"] == "pictures.unavailable"

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,12 @@ from fastapi.testclient import TestClient
 from serving.app import create_app
 from serving.problems import PROBLEM_KINDS
 from serving.query_engine import QueryEngine
+from serving.schemas import SearchRequest
 from serving.settings import ServingLimits, ServingSettings
-from tests.unit.serving.small_index import SmallIndex, draw
+from tests.unit.serving.small_index import LOCAL, SmallIndex, draw
 
 JSON = {"content-type": "application/json"}
+INVALID = "request.invalid"
 
 
 def picture_bytes(*, side: int = 96) -> bytes:
@@ -113,6 +116,7 @@ def test_codes_and_statuses_never_change() -> None:
         "request.malformed": 400,
         "request.invalid": 422,
         "request.refused": 400,
+        "host.not_allowed": 421,
         "route.unknown": 404,
         "method.not_allowed": 405,
         "body.too_large": 413,
@@ -139,6 +143,90 @@ def test_every_refused_field_is_named(client: TestClient) -> None:
     assert {error["field"] for error in problem["errors"]} == {"id", "k", "top"}
 
 
+def test_of_many_refused_fields_the_first_are_named_and_the_others_counted(client: TestClient) -> None:
+    problem = check_problem(client.post("/v1/search", json=dict.fromkeys(map(str, range(1000)), 0)), 422, INVALID)
+    assert len(problem["errors"]) == 20
+    assert problem["detail"].endswith("; and 980 more")
+
+
+def test_a_long_name_is_not_sent_back_whole(client: TestClient) -> None:
+    name = "x" * 3_000
+    for request in ({"json": {name: 0}}, {"files": [(name, (None, "1")), (name, (None, "2"))]}):
+        answer = client.post("/v1/search", **request)
+        check_problem(answer, 422, INVALID)
+        assert name not in answer.text
+
+
+def test_a_body_of_more_values_than_any_search_is_refused_unparsed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[object] = []
+    monkeypatch.setattr(SearchRequest, "model_validate_json", lambda *_, **__: parsed.append("a body"))
+    for body in (b"{%s}" % b",".join(b'"a%d":0' % i for i in range(400_000)), b'{"a": [%s1]}' % (b"[]," * 100_000)):
+        answer = client.post("/v1/search", content=body, headers=JSON)
+        check_problem(answer, 422, INVALID)
+        assert len(answer.content) < 2_000
+    assert not parsed
+
+
+def test_a_large_body_is_checked_beside_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate, threads = SearchRequest.model_validate_json, []
+
+    def validate_recorded(*arguments: Any, **options: Any) -> SearchRequest:
+        threads.append(threading.current_thread())
+        return validate(*arguments, **options)
+
+    monkeypatch.setattr(SearchRequest, "model_validate_json", validate_recorded)
+    for size in (100, 100_000):
+        assert client.post("/v1/search", content=b'{"id": 1}'.ljust(size), headers=JSON).status_code == 200
+    on_the_loop, beside_it = threads
+    assert on_the_loop is not beside_it
+
+
+class TestHosts:
+    @pytest.fixture
+    def public_client(self, engine: QueryEngine, small_index: SmallIndex) -> TestClient:
+        settings = ServingSettings(index=small_index.index, host="0.0.0.0")
+        return TestClient(create_app(engine, settings), base_url="http://pictures.example")
+
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]", "[::1]:80"])
+    def test_a_local_server_answers_to_the_names_of_this_machine(self, client: TestClient, host: str) -> None:
+        assert client.get("/v1/info", headers={"host": host}).status_code == 200
+
+    @pytest.mark.parametrize(
+        "host",
+        ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1", "[::2]", ""],
+    )
+    def test_a_local_server_answers_to_no_other_name(self, client: TestClient, host: str) -> None:
+        # A website whose name is made to point at this machine would otherwise read the pictures of its visitor.
+        for path in ("/", "/v1/info", "/nothing/here"):
+            check_problem(client.get(path, headers={"host": host}), 421, "host.not_allowed")
+
+    def test_two_names_are_refused(self, client: TestClient) -> None:
+        answer = client.get("/v1/info", headers=[("host", "localhost"), ("host", "evil.example")])
+        check_problem(answer, 421, "host.not_allowed")
+
+    @pytest.mark.parametrize(
+        ("host", "name"), [("127.0.0.5", "127.0.0.5"), ("::1", "[::1]"), ("localhost", "localhost")]
+    )
+    def test_the_address_listened_on_is_always_a_name(
+        self, engine: QueryEngine, small_index: SmallIndex, host: str, name: str
+    ) -> None:
+        client = TestClient(create_app(engine, ServingSettings(index=small_index.index, host=host)))
+        assert client.get("/livez", headers={"host": f"{name}:8000"}).status_code == 200
+        check_problem(client.get("/livez", headers={"host": "evil.example"}), 421, "host.not_allowed")
+
+    def test_a_public_server_answers_to_every_name(self, public_client: TestClient) -> None:
+        assert public_client.get("/livez").status_code == 200
+
+
+def test_a_path_cannot_forge_lines_of_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="serving"):
+        client.get("/a%0a12:00:00%20GET%20/admin%1b[2J")
+    (line,) = [record.getMessage() for record in caplog.records if "admin" in record.getMessage()]
+    assert line.isprintable()
+
+
 def test_refusals_say_what_would_be_accepted(client: TestClient) -> None:
     assert client.get("/v1/search").headers["allow"] == "POST"
     refused = client.post("/v1/search", content=b"x", headers={"content-type": "text/plain"})
@@ -149,7 +237,7 @@ class TestBodyLimit:
     @pytest.fixture
     def narrow_client(self, engine: QueryEngine, small_index: SmallIndex) -> TestClient:
         settings = ServingSettings(index=small_index.index, limits=ServingLimits(max_body_bytes=2048, max_k=5))
-        return TestClient(create_app(engine, settings))
+        return TestClient(create_app(engine, settings), base_url=LOCAL)
 
     def test_an_announced_length_is_refused_unread(self, narrow_client: TestClient) -> None:
         answer = narrow_client.post("/v1/search", files={"image": picture_bytes(side=1024)})
