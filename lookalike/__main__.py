@@ -8,7 +8,7 @@ from lookalike.artifacts import versions
 # verb -> (module with a `main(arguments, program=...)`, arguments put in front, one line of help)
 VERBS: dict[str, tuple[str, list[str], str]] = {
     "demo": ("demo.__main__", [], "The whole chain on real pictures, from download to search page"),
-    "data": ("data_pipelines.__main__", [], "Turn pictures into shards: write, check, describe"),
+    "data": ("data_pipelines.__main__", [], "Turn pictures into shards: write, verify, check, describe"),
     "train": ("training.__main__", [], "Train an encoder on shards"),
     "embed": ("indexing.__main__", ["embed"], "Embed the pictures of shards"),
     "index": ("indexing.__main__", [], "Build and inspect indexes: build, describe"),

@@ -146,12 +146,17 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Completes `manifest` with the checksums of all files now in `folder` and the versions in use, and writes it."""
+def write_manifest(folder: Path, manifest: Manifest, *, known_sha256: Mapping[str, str] | None = None) -> Manifest:
+    """Completes `manifest` with the checksums of all files now in `folder` and the versions in use, and writes it.
+
+    Args:
+        known_sha256: Checksums of files whose writer took them, by relative path; the other files are read.
+    """
+    known = known_sha256 or {}
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        name: {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file() and (name := path.relative_to(folder).as_posix()) and path.name != MANIFEST_NAME
     }
     complete = Manifest(**{**_fields(manifest), "files": files, "made_by": versions()})
     text = json.dumps({**_fields(complete), "fingerprint": complete.fingerprint}, indent=2, sort_keys=True)
@@ -242,9 +247,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replaces a small file as a whole: readers see the old text or the new one, also after a power cut."""
+    """See `write_atomically`; in UTF-8."""
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a small file as a whole: readers see the old bytes or the new ones, also after a power cut."""
     temporary = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     _fsync(temporary)
     temporary.replace(path)
     _fsync(path.parent)
