@@ -44,11 +44,8 @@ def main() -> None:
             with PeakMemory() as sorting_memory:
                 (medium, hard), cpu, wall = timed(lambda: sort_everything(queries, database, distractors, truth))
             print(f"{'sorting':<12} {cpu:7.2f} {wall:7.2f} {100 * medium:11.5f} {100 * hard:9.5f}")
-            print(
-                f"peak memory beyond the mapped file: counting {memory.mib:,.0f} MiB, sorting {sorting_memory.mib:,.0f} MiB"
-            )
-        else:
-            print(f"peak memory beyond the mapped file: {memory.mib:,.0f} MiB")
+            print(f"peak memory of sorting beyond the mapped file: {sorting_memory.mib:,.0f} MiB")
+        print(f"peak memory of counting beyond the mapped file: {memory.mib:,.0f} MiB")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 

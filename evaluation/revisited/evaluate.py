@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Float64
 from numpy import ndarray
 
@@ -122,11 +123,13 @@ def _count_distractors(
 ) -> None:
     blocks = list(_blocks(distractors))
     done = _load_progress(counts, queries, blocks, progress_file)
+    block = np.zeros(
+        (_BLOCK_ROWS, queries.shape[1]), np.float32
+    )  # one for all: fresh memory costs as much as a product
     with Progress(sum(n for _, _, n in blocks), description="distractors", unit="vectors") as progress:
         progress.advance(sum(n for _, _, n in blocks[:done]))
         for number, (source, start, length) in enumerate(blocks[done:], start=done + 1):
-            block = np.zeros((_BLOCK_ROWS, queries.shape[1]), np.float32)
-            block[:length] = source[start : start + length]
+            _read_into(block, source[start : start + length])
             with np.errstate(all="ignore"):
                 scores = queries @ block.T
             try:
@@ -138,6 +141,16 @@ def _count_distractors(
                 _save_progress(counts, queries, blocks, number, progress_file)
     if progress_file:
         progress_file.unlink(missing_ok=True)
+
+
+def _read_into(block: Float32[ndarray, "rows dim"], descriptors: Float[ndarray, "length dim"]) -> None:
+    """Fills a block and pads it with zeros. torch converts float16 eight times as fast as numpy."""
+    length = len(descriptors)
+    if descriptors.dtype == np.float16:
+        torch.from_numpy(block[:length]).copy_(torch.from_numpy(np.array(descriptors)))
+    else:
+        block[:length] = descriptors
+    block[length:] = 0
 
 
 def _blocks(distractors: Sequence[ndarray]) -> Iterator[tuple[ndarray, int, int]]:
