@@ -11,7 +11,7 @@ from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import SettingsError
 
 app = new_app("Measure retrieval quality.")
-_COMMANDS = ("embeddings", "descriptors")
+_COMMANDS = ("embeddings", "descriptors", "compare")
 
 
 @app.command()
@@ -89,6 +89,19 @@ def descriptors(
             out=out,
         )
     print_result(tree, as_json=prints_json, lines=lambda: lines)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="Folder of an evaluation, or the JSON of `evaluate descriptors`.")],
+    after: Annotated[Path, typer.Argument(help="Likewise, of the same queries.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare two results query by query: difference, 95% interval, wins and losses, and what is within noise."""
+    from evaluation.compare import compare as compare_results
+
+    tree, lines = compare_results(before, after)
+    print_result(tree, as_json=as_json, lines=lambda: lines)
 
 
 def _require_options(benchmark: str, *, needed: dict[str, Path | None], unused: dict[str, Path | None]) -> None:

@@ -32,6 +32,7 @@ from lookalike.errors import ArtifactError, ChecksumMismatch
 EVALUATION_KIND = "evaluation"
 EVALUATION_VERSION = 1
 REPORT_NAME = "report.html"
+PER_QUERY_NAME = "per_query.parquet"
 _RESULT_NAME = "result.json"
 _NUM_EXAMPLES = 12
 _NUM_SHOWN = 8
@@ -130,7 +131,7 @@ def write_evaluation(
     summary = summarise(contenders)
     with publishing(folder, replace=True) as temporary:
         (temporary / _RESULT_NAME).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        pq.write_table(_per_query_table(contenders), temporary / "per_query.parquet")
+        pq.write_table(_per_query_table(contenders), temporary / PER_QUERY_NAME)
         page = _render(contenders, shard_set, summary, title=title, command=command)
         (temporary / REPORT_NAME).write_text(page, encoding="utf-8")
         details = {"ground_truth": summary["ground_truth"], "num_queries": summary["num_queries"]}

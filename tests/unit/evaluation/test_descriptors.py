@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation.compare import compare
+
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "revisited"
 
 
@@ -47,6 +49,11 @@ def test_the_command_prints_the_official_numbers_for_anybodys_files(
         assert f"{100 * official[letter]['map']:.2f}" in result.stdout
     assert tree["record"]["num_distractors"] == 50
     assert not list(tmp_path.glob("*.progress.npz"))
+    tree["hard"]["aps"] = {query: ap + 1 for query, ap in tree["hard"]["aps"].items()}
+    (tmp_path / "better.json").write_text(json.dumps(tree))
+    comparison, _ = compare(tmp_path / "out.json", tmp_path / "better.json")
+    assert comparison["metrics"]["mAP hard"]["difference"] == pytest.approx(0.01)
+    assert (comparison["metrics"]["mAP hard"]["wins"], comparison["metrics"]["mAP easy"]["wins"]) == (70, 0)
 
 
 def test_labels_are_judged_leave_one_out(tmp_path: Path) -> None:

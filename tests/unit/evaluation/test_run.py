@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from data_pipelines.shard_set import ShardSet
+from evaluation.compare import compare
 from evaluation.run import evaluate_embedding_sets
 from indexing.build import build_index
 from indexing.embed import embed_shards
 from lookalike.artifacts import read_manifest, verify_files
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
-from lookalike.errors import ArtifactError, ManifestMismatch
+from lookalike.errors import ArtifactError, DataError, ManifestMismatch
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,24 @@ def test_a_finished_evaluation_is_read_and_another_one_replaces_it(
     with pytest.raises(ArtifactError, match="not a finished evaluation"):
         evaluate_embedding_sets([folders["first"]], out=tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").exists()
+
+
+def test_two_evaluations_are_compared_query_by_query(folders: dict[str, Path], tmp_path: Path) -> None:
+    both, _ = evaluate_embedding_sets([folders["first"], folders["second"]], out=tmp_path / "both")
+    evaluate_embedding_sets([folders["first"]], out=tmp_path / "first")
+    tree, lines = compare(tmp_path / "first", tmp_path / "both")
+    lead = both["lead"]["second over first"]["MAP@R"]
+    found = tree["metrics"]["MAP@R"]
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx(tuple(lead.values()), abs=1e-4)
+    assert found["is_within_noise"] == (lead["low"] <= 0 <= lead["high"])
+    assert 0 < found["wins"] + found["losses"] <= 30
+    same, _ = compare(tmp_path / "both", tmp_path / "both")
+    assert all(m["difference"] == m["wins"] == m["losses"] == 0 for m in same["metrics"].values())
+    assert all(m["is_within_noise"] for m in same["metrics"].values())
+    assert any("MAP@R" in line for line in lines)
+    evaluate_embedding_sets([folders["train"]], out=tmp_path / "train")
+    with pytest.raises(ManifestMismatch, match="only values of the same queries"):
+        compare(tmp_path / "first", tmp_path / "train")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match=r"other\.json"):
+        compare(tmp_path / "other.json", tmp_path / "first")
