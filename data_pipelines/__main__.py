@@ -1,13 +1,14 @@
-"""`lookalike data`: write, check and describe shard sets."""
+"""`lookalike data`: write, verify, check and describe."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_pipelines.sources.registry import DATA_SETS, open_data_set
 from lookalike.console import new_app, print_result, run_command
 
 if TYPE_CHECKING:
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from data_pipelines.shard_set import ShardSet
     from data_pipelines.sources import PictureSource
 
+_NUM_NAMED = 20  # missing pictures that are printed; --json names all
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 app = new_app("Turn pictures into shards, check them, look at them.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Shards = Annotated[Path, typer.Argument(help="Folder of a shard set.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the data set, see docs/data.md.")
+]
 
 
 def _bytes(text: str) -> int:
@@ -37,10 +42,13 @@ def write(
         Path,
         typer.Argument(
             help="Folder of pictures (ROOT/class/picture, ROOT/{train,test}/class/picture or ROOT/picture), or a "
-            "listing (.csv, .parquet) with the column path and optionally label, coarse_label, split, key."
+            "listing (.csv, .parquet) with the column path and optionally label, coarse_label, split, key; with "
+            "--dataset the folder that a public data set was unpacked to."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to make. An interrupted run continues.")],
+    overrides: Overrides = None,
+    dataset: Annotated[str | None, typer.Option(help=f"A public data set: {', '.join(DATA_SETS)}.")] = None,
     test_class_share: Annotated[
         float | None, typer.Option(help="Share of the classes that become the split `test`; the rest is `train`.")
     ] = None,
@@ -65,22 +73,66 @@ def write(
 ) -> None:
     """Make a shard set of pictures; the same pictures give the same bytes."""
     from data_pipelines.shard_plan import plan_shards
-    from data_pipelines.shard_writer import write_shards
+    from data_pipelines.shard_writer import measure_seconds_per_picture, write_shards
+    from lookalike.errors import SettingsError
     from lookalike.native_libraries import num_cores
 
     settings = _shard_settings(shard_size, max_bad_share, max_side, quality)
-    pictures = _source(source, test_class_share, seed, allow_shared_classes)
+    num_processes = processes or num_cores()
+    pictures: PictureSource
+    if dataset is None:
+        if overrides:
+            raise SettingsError(f"{overrides[0]!r} has no effect without --dataset.")
+        pictures = _source(source, test_class_share, seed, allow_shared_classes)
+    else:
+        if test_class_share is not None or seed is not None or allow_shared_classes:
+            raise SettingsError(
+                f"{dataset} has its own splits: leave out --test-class-share, --seed and --allow-shared-classes."
+            )
+        pictures = open_data_set(dataset, source, overrides or ())
     if dry_run:
-        print_result(_plan_summary(plan_shards(pictures, settings)), as_json=as_json)
-        return
-    shard_set = write_shards(pictures, out, settings, num_processes=processes or num_cores())
-    print_result(_summary(shard_set), as_json=as_json)
+        plan = plan_shards(pictures, settings)
+        seconds = measure_seconds_per_picture(plan, settings) * plan.num_pictures / num_processes
+        summary = {**_plan_summary(plan), "estimated_seconds": round(seconds, 1)}
+    else:
+        with write_shards(pictures, out, settings, num_processes=num_processes) as shard_set:
+            summary = _summary(shard_set)
+    print_result(summary, as_json=as_json, lines=lambda: _lines(summary))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(DATA_SETS)}.")],
+    root: Annotated[Path, typer.Argument(help="Folder that the data set was unpacked to.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what of a public data set is missing, without opening a picture. Exit code 3 where it cannot be written."""
+    examination = open_data_set(name, root, overrides or ()).examine()
+    result = {
+        "is_usable": not examination.problems,
+        "problems": examination.problems,
+        "missing_paths": list(examination.missing_paths),
+        "missing_pictures": list(examination.missing_pictures),
+        "images": len(examination.pictures),
+        "data_set": examination.facts(),
+    }
+    verdict = "NOT USABLE" if examination.problems else "usable"
+    lines = [
+        *(f"missing: {path}" for path in examination.missing_pictures[:_NUM_NAMED]),
+        *_data_set_lines(examination.facts()),
+        *examination.problems,
+        f"{name} in {root}: {verdict}; {len(examination.pictures):,} images found",
+    ]
+    print_result(result, as_json=as_json, lines=lambda: lines)
+    if examination.problems:
+        raise typer.Exit(3)
 
 
 @app.command()
 def check(
     shards: Shards,
-    full: Annotated[bool, typer.Option("--full", help="Decode every picture, and stream every shard.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Decode, compare and stream every picture.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find damaged files and pictures, and what splits share. Exit code 3 where the shard set is unfit for use."""
@@ -168,6 +220,7 @@ def _plan_summary(plan: "ShardPlan") -> dict[str, Any]:
         "bytes": plan.num_bytes,
         "shards": len(plan.shards),
         "splits": sorted({shard.split for shard in plan.shards}),
+        "data_set": plan.data_set,
     }
 
 
@@ -180,7 +233,23 @@ def _summary(shard_set: "ShardSet") -> dict[str, Any]:
         "shards": len(shard_set.shard_names),
         "splits": dict(shard_set.manifest.details["splits"]),
         "quarantined": shard_set.manifest.details["num_quarantined"],
+        "data_set": shard_set.manifest.details.get("data_set", {}),
     }
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    plain = [f"{key}: {value}" for key, value in summary.items() if key != "data_set"]
+    return [*plain, *_data_set_lines(summary["data_set"])]
+
+
+def _data_set_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What a data set lacks, and its published counts beside those found."""
+    from data_pipelines.sources.data_set import CountComparison
+
+    if not facts:
+        return []
+    counts = [CountComparison(**count).text for count in facts["counts"]]
+    return [f"listed pictures without a file: {facts['num_missing_pictures']:,}", *counts]
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike data") -> None:

@@ -1,18 +1,25 @@
 """Finds what is wrong with a shard set: damaged files, pictures that moved, splits that share what they must not."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow
+from jaxtyping import Int64, UInt64
+from numpy import ndarray
+from PIL import Image
 from pyarrow import compute
 
 from data_pipelines.decode import decode_image
+from data_pipelines.near_duplicates import HASH_BITS, MAX_DISTANCE, perceptual_hash, twins_across_groups
+from data_pipelines.shard_cache import ORIGIN_NAME
 from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
-from lookalike.artifacts import MANIFEST_NAME, file_sha256
-from lookalike.errors import ArtifactError, DataError
+from lookalike.artifacts import MANIFEST_NAME
+from lookalike.errors import ArtifactError, ChecksumMismatch, DataError
 from lookalike.progress import track
 
 NUM_SAMPLED_PICTURES = 256
@@ -42,6 +49,7 @@ class CheckReport:
 def check_shard_set(shard_set: ShardSet, *, full: bool = False) -> CheckReport:
     """Reads every byte of every file once; decodes a sample of the pictures, or with `full` each of them.
 
+    The decoded ones are also compared across splits by their looks; of each, only its hash stays in memory.
     `full` also reads each shard the way a WebDataset reader does and compares that with access by offset.
     """
     findings = [*_file_findings(shard_set), *_table_findings(shard_set), *_split_findings(shard_set)]
@@ -55,17 +63,21 @@ def check_shard_set(shard_set: ShardSet, *, full: bool = False) -> CheckReport:
 def _file_findings(shard_set: ShardSet) -> Iterator[Finding]:
     files = shard_set.manifest.files
     for name, entry in track(files.items(), total=len(files), description="checksums", unit="files"):
-        path = shard_set.folder / name
-        if not path.is_file():
+        try:
+            with shard_set.open_file(name) as file:
+                num_bytes, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except ChecksumMismatch:
             yield Finding("error", "missing_file", f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            yield Finding(
-                "error", "file_size", f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
-            )
-        elif file_sha256(path) != entry["sha256"]:
+            continue
+        except DataError as error:
+            yield Finding("error", "missing_file", str(error))
+            continue
+        if num_bytes != entry["bytes"]:
+            yield Finding("error", "file_size", f"{name} has {num_bytes} bytes, its manifest says {entry['bytes']}")
+        elif sha256 != entry["sha256"]:
             yield Finding("error", "file_checksum", f"{name} differs from its manifest (SHA-256)")
     for path in sorted(shard_set.folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST_NAME:
+        if path.name not in files and path.name not in (MANIFEST_NAME, ORIGIN_NAME):
             yield Finding("warning", "unknown_file", f"{path.name} does not belong to the shard set")
 
 
@@ -101,18 +113,47 @@ def _split_findings(shard_set: ShardSet) -> Iterator[Finding]:
             yield Finding("warning", kind, f"{shared.num_rows} of {groups.num_rows} {what}, such as that of {example}")
 
 
-def _picture_findings(shard_set: ShardSet, rows: Sequence[int]) -> list[Finding]:
-    """Reads pictures by offset: their bytes, their decodability and their size must be as the table says."""
-    problems = [
-        (shard_set.key(row), problem)
-        for row in track(rows, total=len(rows), description="pictures", unit="images")
-        if (problem := _picture_problem(shard_set, row))
-    ]
-    return [
-        Finding("error", kind, f"{len(keys)} of {len(rows)} pictures read: {_PROBLEMS[kind]}, first {keys[0]}")
-        for kind in _PROBLEMS
-        if (keys := [key for key, problem in problems if problem == kind])
-    ]
+def _picture_findings(shard_set: ShardSet, rows: Sequence[int]) -> Iterator[Finding]:
+    """Reads pictures by offset: their bytes, their decodability, their size, and whether splits share their looks."""
+    keys_of_problem: dict[str, list[str]] = {problem: [] for problem in _PROBLEMS}
+    seen: list[int] = []
+    hashes: list[int] = []
+    for row in track(rows, total=len(rows), description="pictures", unit="images"):
+        image, problem = _decode(shard_set, row)
+        if problem is not None:
+            keys_of_problem[problem].append(shard_set.key(row))
+        if image is not None and len(shard_set.splits) > 1:
+            seen.append(row)
+            hashes.append(perceptual_hash(image))
+    for problem, keys in keys_of_problem.items():
+        if keys:
+            yield Finding(
+                "error", problem, f"{len(keys)} of {len(rows)} pictures read: {_PROBLEMS[problem]}, first {keys[0]}"
+            )
+    yield from _near_duplicate_findings(shard_set, np.array(seen, np.int64), np.array(hashes, np.uint64))
+
+
+def _near_duplicate_findings(
+    shard_set: ShardSet, rows: Int64[ndarray, "pictures"], hashes: UInt64[ndarray, "pictures"]
+) -> Iterator[Finding]:
+    samples = shard_set.samples.take(rows)
+    # What is the same byte for byte is another finding: one of each remains.
+    _, first = np.unique(_codes(samples["sha256"]), return_index=True)
+    twins = twins_across_groups(hashes[first], _codes(samples["split"])[first])
+    found = np.flatnonzero(twins >= 0)
+    if len(found):
+        one, other = (shard_set.key(rows[first[index]]) for index in (found[0], twins[found[0]]))
+        yield Finding(
+            "warning",
+            "near_duplicates_across_splits",
+            f"{len(found)} of {len(rows)} pictures look like one of another split (their perceptual hashes differ in "
+            f"at most {MAX_DISTANCE} of {HASH_BITS} bits), such as {one} and {other}",
+        )
+
+
+def _codes(column: pyarrow.ChunkedArray) -> Int64[ndarray, "values"]:
+    """A number for each value, equal for equal ones."""
+    return column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
 
 
 _PROBLEMS = {
@@ -123,19 +164,20 @@ _PROBLEMS = {
 }
 
 
-def _picture_problem(shard_set: ShardSet, row: int) -> str | None:
+def _decode(shard_set: ShardSet, row: int) -> tuple[Image.Image | None, str | None]:
+    """The picture, where there is one, and what is wrong."""
     expected = shard_set.samples.slice(row, 1).select(["sha256", "width", "height"]).to_pylist()[0]
     try:
         data = shard_set.read_bytes(row)
-    except ArtifactError:
-        return "unreadable"
+    except (ArtifactError, DataError):
+        return None, "unreadable"
     if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        return "picture_checksum"
+        return None, "picture_checksum"
     try:
         image = decode_image(data, limits=shard_set.decode_limits)
     except DataError:
-        return "undecodable"
-    return None if image.size == (expected["width"], expected["height"]) else "picture_size"
+        return None, "undecodable"
+    return image, None if image.size == (expected["width"], expected["height"]) else "picture_size"
 
 
 def _streaming_findings(shard_set: ShardSet) -> Iterator[Finding]:

@@ -81,9 +81,13 @@ class ClassBalancedBatches:
         known, order = self._epoch_order
         if known != epoch:
             order = self._permutation(self.num_classes, _EPOCH_STREAM, epoch)
-            order = order[~self._sits_out(order, epoch)]
+            order = self._arranged(order[~self._sits_out(order, epoch)], epoch)
             self._epoch_order = (epoch, order)
         return order
+
+    def _arranged(self, classes: Int64[ndarray, "classes"], epoch: int) -> Int64[ndarray, "classes"]:
+        """The same classes in the order of their batches; here the random one they come in."""
+        return classes
 
     @property
     def _num_sitting_out(self) -> int:

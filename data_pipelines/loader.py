@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.class_balanced_batches import rank_share
-from data_pipelines.decode import DecodeLimits, decode_image
+from data_pipelines.decode import CroppablePicture, DecodeLimits, decode_image
 from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
 from lookalike.errors import DataError, DecodeError, LookalikeError, ResourceError
@@ -35,7 +35,7 @@ class BatchPlan(Protocol):
 
 @runtime_checkable
 class SeededTransform(Protocol):
-    def __call__(self, image: Image.Image, *, seed: int) -> UInt8[ndarray, "3 size size"]: ...
+    def __call__(self, picture: CroppablePicture, *, seed: int) -> UInt8[ndarray, "3 size size"]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ class SkippedSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """Consecutive samples of a shard; skipped ones have no pixels and shift nothing. All of them may be skipped."""
+    """Samples of a shard, of one shape; skipped ones have no pixels and shift nothing. All of them may be skipped."""
 
-    rows: Int64[Tensor, "batch"]
-    pixels: UInt8[Tensor, "batch 3 size size"]
+    rows: Int64[Tensor, "batch"]  # ascending
+    pixels: UInt8[Tensor, "batch 3 height width"]
     skipped: tuple[SkippedSample, ...]
 
 
@@ -96,12 +96,15 @@ def training_batches(
 def evaluation_batches(
     shard_set: ShardSet,
     shard_name: str,
-    transform: Callable[[Image.Image], UInt8[ndarray, "3 size size"]],
+    transform: Callable[[Image.Image], UInt8[ndarray, "3 height width"]],
     *,
     batch_size: int,
     num_threads: int = 1,
 ) -> Iterator[EvaluationBatch]:
-    """Streams a shard in row order, every sample once: with pixels, or named as skipped.
+    """Streams a shard, every sample once: with pixels, or named as skipped.
+
+    Batches follow each other in row order. Where the transform keeps the shapes of pictures, `batch_size` consecutive
+    samples become one batch per shape among them.
 
     The threads decode the next batch while the caller works on one.
 
@@ -121,8 +124,7 @@ def evaluation_batches(
                 ahead,
                 [(row, pool.submit(_pixels_or_reason, data, transform, limits)) for row, data in chunk],
             )
-            if current:
-                yield _evaluation_batch((row, future.result()) for row, future in current)
+            yield from _batches_by_shape((row, future.result()) for row, future in current)
             if not ahead:
                 return
     finally:
@@ -130,11 +132,11 @@ def evaluation_batches(
         samples.close()
 
 
-_Outcome = UInt8[ndarray, "3 size size"] | str
+_Outcome = UInt8[ndarray, "3 height width"] | str
 
 
 def _pixels_or_reason(
-    data: bytes, transform: Callable[[Image.Image], UInt8[ndarray, "3 size size"]], limits: DecodeLimits
+    data: bytes, transform: Callable[[Image.Image], UInt8[ndarray, "3 height width"]], limits: DecodeLimits
 ) -> _Outcome:
     try:
         return transform(decode_image(data, limits=limits))
@@ -142,16 +144,22 @@ def _pixels_or_reason(
         return error.reason
 
 
-def _evaluation_batch(outcomes: Iterable[tuple[int, _Outcome]]) -> EvaluationBatch:
-    rows, pixels, skipped = [], [], []
+def _batches_by_shape(outcomes: Iterable[tuple[int, _Outcome]]) -> Iterator[EvaluationBatch]:
+    """One batch per shape, in order of appearance; the first carries all that was skipped."""
+    samples_of_shape: dict[tuple[int, ...], list[tuple[int, ndarray]]] = {}
+    skipped: list[SkippedSample] = []
     for row, outcome in outcomes:
         if isinstance(outcome, str):
             skipped.append(SkippedSample(row, outcome))
         else:
-            rows.append(row)
-            pixels.append(outcome)
-    stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), dtype=np.uint8)
-    return EvaluationBatch(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(stacked), tuple(skipped))
+            samples_of_shape.setdefault(outcome.shape, []).append((row, outcome))
+    if skipped and not samples_of_shape:
+        no_pixels = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+        yield EvaluationBatch(torch.empty(0, dtype=torch.int64), no_pixels, tuple(skipped))
+    for samples in samples_of_shape.values():
+        rows, pixels = zip(*samples, strict=True)
+        yield EvaluationBatch(torch.tensor(rows), torch.from_numpy(np.stack(pixels)), tuple(skipped))
+        skipped = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +208,12 @@ class _TrainingSteps(Dataset[Batch | _Failure]):
         pixels = np.empty((0, 3, 0, 0), dtype=np.uint8)
         for position, (row, seed) in enumerate(zip(rows.tolist(), seeds.tolist(), strict=True)):
             try:
-                image = decode_image(self.shard_set.read_bytes(row), limits=limits)
+                picture = self.transform(CroppablePicture(self.shard_set.read_bytes(row), limits=limits), seed=seed)
             except DecodeError as error:
                 raise DataError(
                     f"sample {self.shard_set.key(row)!r} (row {row} of {self.shard_set.folder}) cannot be decoded: "
                     f"{error}. Check the shard set."
                 ) from error
-            picture = self.transform(image, seed=seed)
             if position == 0:
                 # One buffer that is filled in place: a list of pictures to stack would double a large batch.
                 pixels = np.empty((len(rows), *picture.shape), dtype=np.uint8)

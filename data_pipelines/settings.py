@@ -43,6 +43,28 @@ class ShardSettings(Settings):
     """Which pictures are acceptable."""
 
 
+class ShardCacheSettings(Settings):
+    """Where shards that lie elsewhere are kept, and how patiently they are fetched."""
+
+    folder: Path
+    """On a local disk; processes of a machine share it."""
+    max_bytes: Annotated[int, Field(ge=1)] = 1 << 40
+    """Size of the shards kept, without those being fetched; the least recently used are removed first."""
+    num_attempts: Annotated[int, Field(ge=1)] = 6
+    """How often a download is tried."""
+    first_wait_seconds: PositiveFloat = 1.0
+    """Longest pause before the second attempt, doubled for each later one; pauses are drawn up to it at random."""
+
+
+class RandAugment(Settings):
+    """Operations on colours and geometry, chosen anew for every picture; see `rand_augment.py`."""
+
+    num_operations: Annotated[int, Field(ge=1)] = 2
+    """How many are applied, one after the other."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """How strong they are."""
+
+
 class AugmentationSettings(Settings):
     """The training transform: random crop, flip, rotation, colours, blur, erasing. Zeros and ones switch parts off."""
 
@@ -58,6 +80,8 @@ class AugmentationSettings(Settings):
     """Largest rotation to either side."""
     rotation_fill: Literal["white", "edge"] = "white"
     """What fills the corners after a rotation."""
+    rand_augment: RandAugment | None = None
+    """RandAugment after the rotation; None leaves it out."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Largest relative change of brightness."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -87,6 +111,21 @@ class AugmentationSettings(Settings):
             if getattr(self, name)[1] > 1:
                 raise ValueError(f"{name}: a share of the area is at most 1, got {getattr(self, name)[1]}")
         return self
+
+    @property
+    def distorts(self) -> bool:
+        """Whether anything is done to a picture beyond crop, flip and erasing."""
+        return self.rand_augment is not None or any(
+            (
+                self.rotation_degrees,
+                self.brightness,
+                self.contrast,
+                self.saturation,
+                self.hue,
+                self.grayscale_probability,
+                self.blur_probability,
+            )
+        )
 
 
 class ClassFoldersSettings(Settings):

@@ -1,12 +1,13 @@
 """Which pictures go into which shard: a pure function of the source's list, the files' sizes and the settings."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from data_pipelines.settings import ShardSettings
 from data_pipelines.sources import PictureSource, SourcePicture
+from data_pipelines.sources.data_set import DataSet
 from lookalike.artifacts import fingerprint
 from lookalike.errors import DataError
 from lookalike.settings import dump_settings
@@ -28,6 +29,7 @@ class ShardPlan:
     shards: tuple[PlannedShard, ...]
     class_names: tuple[str, ...]  # in the order of the class index
     fingerprint: str  # of everything that the shards' bytes depend on
+    data_set: Mapping[str, Any] = field(default_factory=dict)  # `Examination.facts`, empty for other sources
 
     @property
     def num_pictures(self) -> int:
@@ -44,7 +46,8 @@ def plan_shards(source: PictureSource, settings: ShardSettings) -> ShardPlan:
     Raises:
         DataError: the source refuses its files, or one of them vanished.
     """
-    pictures = sorted(source.pictures(), key=lambda picture: (picture.split, picture.key))
+    listed, data_set = _listed(source)
+    pictures = sorted(listed, key=lambda picture: (picture.split, picture.key))
     class_names = _ordered_classes({picture.label for picture in pictures if picture.label is not None})
     index_of_class = {name: index for index, name in enumerate(class_names)}
     shards: list[PlannedShard] = []
@@ -54,11 +57,20 @@ def plan_shards(source: PictureSource, settings: ShardSettings) -> ShardPlan:
         for picture in group:
             num_bytes, changed = _size_and_change_time(picture)
             sized.append((picture, num_bytes))
-            identity.append([picture.key, picture.label, picture.coarse_label, split, num_bytes, changed])
+            box = [] if picture.box is None else [list(picture.box)]
+            identity.append([picture.key, picture.label, picture.coarse_label, split, num_bytes, changed, *box])
         for number, (part, num_bytes) in enumerate(_cut(sized, settings.max_shard_bytes)):
             labels = tuple(-1 if picture.label is None else index_of_class[picture.label] for picture in part)
             shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, tuple(part), labels, num_bytes))
-    return ShardPlan(tuple(shards), tuple(class_names), fingerprint(identity))
+    return ShardPlan(tuple(shards), tuple(class_names), fingerprint(identity), data_set)
+
+
+def _listed(source: PictureSource) -> tuple[Sequence[SourcePicture], dict[str, Any]]:
+    if not isinstance(source, DataSet):
+        return source.pictures(), {}
+    examination = source.examine()
+    examination.require_usable()
+    return examination.pictures, examination.facts()
 
 
 def shard_identity(settings: ShardSettings) -> dict[str, Any]:
@@ -94,4 +106,4 @@ def _size_and_change_time(picture: SourcePicture) -> tuple[int, int]:
         status = picture.path.stat()
     except OSError as error:
         raise DataError(f"{picture.path} cannot be read: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns
+    return status.st_size if picture.span is None else picture.span[1], status.st_mtime_ns

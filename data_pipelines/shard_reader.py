@@ -1,13 +1,12 @@
 """Reads a shard from its first byte to its last, through the webdataset library; nothing else imports it."""
 
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipelines.shard_set import ShardSet
-from lookalike.errors import DataError
+from lookalike.errors import ChecksumMismatch, DataError, LookalikeError
 
 
 def read_shard(shard_set: ShardSet, shard_name: str) -> Generator[tuple[int, bytes], None, None]:
@@ -22,7 +21,7 @@ def read_shard(shard_set: ShardSet, shard_name: str) -> Generator[tuple[int, byt
     rows = shard_set.rows_of_shard(shard_name)
     expected = shard_set.samples.slice(rows.start, len(rows)).select(["key", "extension", "size"]).to_pylist()
     num_read = 0
-    for sample in _samples(path):
+    for sample in _samples(shard_set, shard_name):
         if num_read == len(rows):
             raise DataError(f"{path} holds more than the {len(rows)} samples of its table. Make the shard set again.")
         row = expected[num_read]
@@ -40,13 +39,16 @@ def read_shard(shard_set: ShardSet, shard_name: str) -> Generator[tuple[int, byt
         )
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
+def _samples(shard_set: ShardSet, shard_name: str) -> Iterator[dict[str, Any]]:
     """The samples that the library finds, with one error for all the ways a tar can be unreadable."""
+    path = shard_set.folder / shard_name
     try:
-        with path.open("rb") as file:
+        with shard_set.open_file(shard_name) as file:
             yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": file}]))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing. Make the shard set again.") from None
+    except ChecksumMismatch as error:
+        raise DataError(str(error)) from None
+    except LookalikeError:
+        raise
     except Exception as error:
         raise DataError(f"{path} cannot be read as a tar: {error}. Make the shard set again.") from error
 

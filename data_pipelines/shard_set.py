@@ -3,6 +3,8 @@
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import replace
+from io import BufferedReader
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,8 @@ from numpy import ndarray
 from pyarrow import compute, parquet
 
 from data_pipelines.decode import DecodeLimits
+from data_pipelines.settings import ShardCacheSettings
+from data_pipelines.shard_cache import cache_of, fetch_tables
 from lookalike.artifacts import MANIFEST_NAME, Manifest, read_manifest, verify_files
 from lookalike.errors import ArtifactError, ChecksumMismatch, DataError, ManifestMismatch
 
@@ -72,16 +76,28 @@ class ShardSet:
         self._offsets = samples["offset"].to_numpy()
         self._sizes = samples["size"].to_numpy()
         self._shards = samples["shard"].combine_chunks().dictionary_encode()
+        self._cache = cache_of(folder, manifest)
         self._open_shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardSet":
+    def open(cls, location: Path | str, *, cache: ShardCacheSettings | None = None) -> "ShardSet":
         """Reads the manifest and the sample table, no shard.
 
+        Args:
+            location: A folder, or an address that fsspec knows, such as `s3://bucket/shards`.
+            cache: Where shards of an address are kept; not used for a folder.
+
         Raises:
-            ArtifactError: `folder` is no shard set, is of a newer format, or its table does not fit its manifest.
+            ArtifactError: there is no shard set, or of a newer format, or its table does not fit its manifest.
+            DataError: something at the address cannot be fetched.
         """
+        if isinstance(location, str) and "://" in location:
+            if cache is None:
+                raise ValueError(f"{location} needs a cache to be read through")
+            folder = fetch_tables(location, cache, kind=SHARD_SET_KIND, newest_version=SHARD_SET_VERSION)
+        else:
+            folder = Path(location)
         manifest = read_manifest(folder, kind=SHARD_SET_KIND, newest_version=SHARD_SET_VERSION)
         try:
             samples = parquet.read_table(folder / SAMPLES_NAME)
@@ -146,6 +162,7 @@ class ShardSet:
 
         Raises:
             ArtifactError: the shard is missing or shorter than the sample table says.
+            DataError: the shard cannot be fetched.
         """
         name = self._shards[index(row)].as_py()
         size, offset = int(self._sizes[row]), int(self._offsets[row])
@@ -156,16 +173,32 @@ class ShardSet:
             )
         return data
 
+    def open_file(self, name: str) -> BufferedReader:
+        """A file of the set, to read from its start; a shard that lies elsewhere is fetched.
+
+        Raises:
+            ChecksumMismatch: it is missing.
+            DataError: it cannot be fetched.
+        """
+        return os.fdopen(self._open_descriptor(name), "rb")
+
     def check(self, *, full: bool = False) -> None:
         """Compares the files' names and sizes with the manifest, or with `full` every byte.
+
+        Of a set that lies elsewhere only the tables: its shards are compared whenever they are fetched.
 
         Raises:
             ChecksumMismatch: a file is missing or differs; the message names it.
         """
+        files = {
+            name: entry
+            for name, entry in self.manifest.files.items()
+            if self._cache is None or name not in self.manifest.details["shards"]
+        }
         if full:
-            verify_files(self.folder, self.manifest)
+            verify_files(self.folder, replace(self.manifest, files=files))
             return
-        for name, entry in self.manifest.files.items():
+        for name, entry in files.items():
             path = self.folder / name
             if not path.is_file():
                 raise ChecksumMismatch(f"{path} is missing. Make the shard set again.")
@@ -196,26 +229,36 @@ class ShardSet:
         with self._lock:
             shard = self._open_shards.get(name)
             if shard is None:
+                if self._cache is not None:
+                    self._let_go_of_evicted_shards()
                 if len(self._open_shards) >= _MAX_OPEN_SHARDS:
                     self._open_shards.popitem(last=False)
-                shard = self._open_shards[name] = _OpenShard(self.folder / name)
+                shard = self._open_shards[name] = _OpenShard(self._open_descriptor(name))
             self._open_shards.move_to_end(name)
             return shard
+
+    def _let_go_of_evicted_shards(self) -> None:
+        """An open file that was removed from the cache would take up the disk for as long as it stays open."""
+        for name in [name for name, shard in self._open_shards.items() if os.fstat(shard.descriptor).st_nlink == 0]:
+            del self._open_shards[name]
+
+    def _open_descriptor(self, name: str) -> int:
+        if self._cache is not None and name in self.manifest.details["shards"]:
+            return self._cache.open(name)
+        try:
+            return os.open(self.folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise ChecksumMismatch(f"{self.folder / name} is missing. Make the shard set again.") from None
 
 
 class _OpenShard:
     """A file descriptor that closes itself once its last reader lets go of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise ChecksumMismatch(f"{path} is missing. Make the shard set again.") from None
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 def _reopen(folder: Path, fingerprint: str) -> ShardSet:

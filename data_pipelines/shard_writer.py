@@ -11,12 +11,13 @@ import shutil
 import signal
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from data_pipelines.shard_set import (
     ShardSet,
 )
 from data_pipelines.sources import PictureSource, SourcePicture
-from lookalike.artifacts import Manifest, link_or_copy, publishing, write_manifest, write_text_atomically
+from lookalike.artifacts import Manifest, file_sha256, link_or_copy, publishing, write_manifest, write_text_atomically
 from lookalike.errors import ArtifactError, DataError, DecodeError, ResourceError
 from lookalike.progress import Progress
 from lookalike.settings import dump_settings
@@ -49,6 +50,7 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP":
 _TAR_BLOCK = tarfile.BLOCKSIZE
 _PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_SHARD_SHA256 = b"shard_sha256"  # in the metadata of a shard's sample table
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,19 @@ def finished_shard_set(folder: Path, plan: ShardPlan) -> ShardSet | None:
         )
     shard_set.check()
     return shard_set
+
+
+def measure_seconds_per_picture(plan: ShardPlan, settings: ShardSettings, *, num_pictures: int = 32) -> float:
+    """Mean time of one process to read, check and encode a picture, measured on a few spread over the plan."""
+    num_measured = min(num_pictures, plan.num_pictures)
+    every = chain.from_iterable(shard.pictures for shard in plan.shards)
+    started = time.perf_counter()
+    for picture in islice(
+        every, 0, num_measured * (plan.num_pictures // num_measured), plan.num_pictures // num_measured
+    ):
+        with suppress(DecodeError):
+            _stored_picture(picture, settings)
+    return (time.perf_counter() - started) / num_measured
 
 
 @contextmanager
@@ -223,7 +238,9 @@ def write_shard(shard: PlannedShard, staging: Path, settings: ShardSettings) -> 
                 }
             )
     _write_table(_quarantine_file(shard, staging), quarantine, QUARANTINE_SCHEMA)
-    _write_table(_samples_file(shard, staging), rows, SAMPLES_SCHEMA)
+    # Taken here, by one process per shard, not for all shards by the one that publishes.
+    checksum = {_SHARD_SHA256: file_sha256(staging / shard.name)}
+    _write_table(_samples_file(shard, staging), rows, SAMPLES_SCHEMA.with_metadata(checksum))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,20 +253,42 @@ class _StoredPicture:
 
 def _stored_picture(picture: SourcePicture, settings: ShardSettings) -> _StoredPicture:
     """Reads and decodes a picture once, to verify it and to learn its size."""
+    data = _source_bytes(picture, max_bytes=settings.limits.max_bytes)
+    whole, image_format = decode_with_format(data, limits=settings.limits)
+    image = whole if picture.box is None else _cropped(whole, picture.box)
+    if isinstance(settings.encoding, Reencode):
+        # A crop shrinks as much as its whole picture would: things keep their size relative to other pictures.
+        side = max(1, round(settings.encoding.max_side * max(image.size) / max(whole.size)))
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+        return _encoded(image, "jpg", format="JPEG", quality=settings.encoding.quality)
+    if picture.box is not None:
+        return _encoded(image, "png", format="PNG")
+    return _StoredPicture(data, _EXTENSIONS[image_format], *image.size)
+
+
+def _source_bytes(picture: SourcePicture, *, max_bytes: int) -> bytes:
+    """At most one byte more than allowed, which is enough to refuse the picture, whatever its size."""
+    offset, size = picture.span or (0, max_bytes + 1)
     try:
         with picture.path.open("rb") as file:
-            # One byte more than allowed is enough to refuse it, whatever its size.
-            data = file.read(settings.limits.max_bytes + 1)
+            file.seek(offset)
+            return file.read(min(size, max_bytes + 1))
     except OSError as error:
         raise DecodeError("unreadable", f"the file cannot be read: {error.strerror}") from error
-    image, image_format = decode_with_format(data, limits=settings.limits)
-    if isinstance(settings.encoding, Reencode):
-        side = settings.encoding.max_side
-        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=settings.encoding.quality, exif=b"", icc_profile=None)
-        return _StoredPicture(buffer.getvalue(), "jpg", *image.size)
-    return _StoredPicture(data, _EXTENSIONS[image_format], *image.size)
+
+
+def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The part of the box that lies in the picture; Pillow alone would paint the rest black."""
+    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
+    if left >= right or top >= bottom:
+        raise DecodeError("absurd_size", f"the box {box} is outside the picture of {image.width} x {image.height}")
+    return image.crop((left, top, right, bottom))
+
+
+def _encoded(image: Image.Image, extension: str, **options: Any) -> _StoredPicture:
+    buffer = io.BytesIO()
+    image.save(buffer, exif=b"", icc_profile=None, **options)
+    return _StoredPicture(buffer.getvalue(), extension, *image.size)
 
 
 def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -264,9 +303,10 @@ def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 def _publish(plan: ShardPlan, staging: Path, folder: Path, settings: ShardSettings) -> None:
     """Gathers the finished shards and their tables into `folder`, all at once."""
     tables = [parquet.read_table(_samples_file(shard, staging)) for shard in plan.shards]
-    samples = pyarrow.concat_tables(tables).combine_chunks()
+    samples = pyarrow.concat_tables(tables).combine_chunks().replace_schema_metadata(None)
     quarantine = _gathered_quarantine(plan, staging)
     shards: dict[str, dict[str, Any]] = {}
+    known_sha256: dict[str, str] = {}
     first_row = 0
     with publishing(folder) as temporary:
         for shard, table in zip(plan.shards, tables, strict=True):
@@ -274,6 +314,7 @@ def _publish(plan: ShardPlan, staging: Path, folder: Path, settings: ShardSettin
                 continue
             link_or_copy(staging / shard.name, temporary / shard.name)
             shards[shard.name] = {"split": shard.split, "first_row": first_row, "num_samples": table.num_rows}
+            known_sha256[shard.name] = table.schema.metadata[_SHARD_SHA256].decode()
             first_row += table.num_rows
         parquet.write_table(samples, temporary / SAMPLES_NAME)
         parquet.write_table(quarantine, temporary / QUARANTINE_NAME)
@@ -291,9 +332,11 @@ def _publish(plan: ShardPlan, staging: Path, folder: Path, settings: ShardSettin
                     "num_classes": len(class_names),
                     "splits": dict(zip(splits["split"], splits["count_all"], strict=True)),
                     "shards": shards,
+                    **({"data_set": plan.data_set} if plan.data_set else {}),
                 },
                 settings={"shards": dump_settings(settings), "plan": plan.fingerprint},
             ),
+            known_sha256=known_sha256,
         )
 
 

@@ -10,6 +10,8 @@ from numpy import ndarray
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
+from data_pipelines.decode import CroppablePicture
+from data_pipelines.rand_augment import rand_augment
 from data_pipelines.settings import AugmentationSettings
 from lookalike.encoder_settings import InputSettings
 
@@ -25,13 +27,16 @@ class EvaluationTransform:
         self.settings = settings
         self.fingerprint = settings.fingerprint
 
-    def __call__(self, image: Image.Image) -> UInt8[ndarray, "3 size size"]:
-        size = self.settings.size
-        resized = image.resize((size, size), _RESAMPLING[self.settings.interpolation], box=self._box(*image.size))
-        return _pixels(resized)
+    def __call__(self, image: Image.Image) -> UInt8[ndarray, "3 height width"]:
+        """A square, or with `max_side` a picture that keeps its shape."""
+        size, box = (self.settings.size, self.settings.size), self._box(*image.size)
+        if self.settings.max_side is not None:
+            shrinking = min(1.0, self.settings.max_side / max(image.size))
+            size = (max(1, round(image.width * shrinking)), max(1, round(image.height * shrinking)))
+        return _pixels(image.resize(size, _RESAMPLING[self.settings.interpolation], box=box))
 
     def _box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What of the picture fills the square, in its own pixels.
+        """What of the picture is seen, in its own pixels.
 
         Resizing the box equals resizing the picture and cropping its centre, without ever building the rows that
         are cropped away: a panorama costs no more than any other picture.
@@ -50,35 +55,32 @@ class TrainingTransform:
         self.settings = settings
         self.size = size
 
-    def __call__(self, image: Image.Image, *, seed: int) -> UInt8[ndarray, "3 size size"]:
+    def __call__(self, picture: CroppablePicture, *, seed: int) -> UInt8[ndarray, "3 size size"]:
         random = np.random.default_rng(seed)
         settings = self.settings
-        image = self._resized_crop(image, random)
+        box = _random_box(*picture.size, settings, random)
+        pixels = _resized(picture.decode_crop(box, at_least=self.size), self.size, settings.interpolation)
         if _happens(settings.flip_probability, random):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixels[:, :, ::-1]
+        if settings.distorts:
+            pixels = _pixels(self._distorted(_image(pixels), random))
+        pixels = np.ascontiguousarray(pixels)
+        if _happens(settings.erasing_probability, random):
+            _erase_rectangle(pixels, settings, random)
+        return pixels
+
+    def _distorted(self, image: Image.Image, random: Generator) -> Image.Image:
+        settings = self.settings
         if settings.rotation_degrees:
             image = self._rotated(image, random)
+        if settings.rand_augment is not None:
+            image = rand_augment(image, settings.rand_augment, random, functional=_torchvision_functional())
         image = _with_colour_jitter(image, settings, random)
         if _happens(settings.grayscale_probability, random):
             image = image.convert("L").convert("RGB")
         if _happens(settings.blur_probability, random):
             image = image.filter(ImageFilter.GaussianBlur(random.uniform(*settings.blur_sigma)))
-        pixels = _pixels(image)
-        if _happens(settings.erasing_probability, random):
-            _erase_rectangle(pixels, settings, random)
-        return pixels
-
-    def _resized_crop(self, image: Image.Image, random: Generator) -> Image.Image:
-        box = _random_box(*image.size, self.settings, random)
-        functional = _torchvision_functional()
-        # Four times as fast as Pillow's resize at these sizes.
-        resized = functional.resize(
-            functional.pil_to_tensor(image.crop(box)),
-            [self.size, self.size],
-            interpolation=_torchvision_interpolation(self.settings.interpolation),
-            antialias=True,
-        )
-        return Image.fromarray(np.ascontiguousarray(resized.permute(1, 2, 0).numpy()))
+        return image
 
     def _rotated(self, image: Image.Image, random: Generator) -> Image.Image:
         degrees = self.settings.rotation_degrees
@@ -144,9 +146,23 @@ def _happens(probability: float, random: Generator) -> bool:
     return bool(random.random() < probability)
 
 
-def _pixels(image: Image.Image) -> UInt8[ndarray, "3 size size"]:
+def _resized(pixels: UInt8[ndarray, "height width 3"], size: int, interpolation: str) -> UInt8[ndarray, "3 size size"]:
+    """Antialiased; four times as fast as Pillow's resize at these sizes."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    return interpolate(batch, (size, size), mode=interpolation, antialias=True)[0].numpy()
+
+
+def _pixels(image: Image.Image) -> UInt8[ndarray, "3 height width"]:
     # [height, width, 3] -> [3, height, width]
     return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def _image(pixels: UInt8[ndarray, "3 height width"]) -> Image.Image:
+    # [3, height, width] -> [height, width, 3]
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 @functools.cache
@@ -159,11 +175,3 @@ def _torchvision_functional() -> ModuleType:
     from torchvision.transforms.v2 import functional
 
     return functional
-
-
-@functools.cache
-def _torchvision_interpolation(name: str) -> object:
-    _torchvision_functional()
-    from torchvision.transforms.v2 import InterpolationMode
-
-    return InterpolationMode(name)

@@ -132,7 +132,9 @@ def _embed_shard(
         progress.advance(len(batch.rows) + len(batch.skipped))
     if not ids:
         return np.zeros((0, encoder.dim), settings.storage), np.zeros(0, np.int64), skipped
-    return np.concatenate(vectors).astype(settings.storage), np.concatenate(ids), skipped
+    # Pictures that keep their shapes come grouped by them.
+    order = np.argsort(np.concatenate(ids))
+    return np.concatenate(vectors)[order].astype(settings.storage), np.concatenate(ids)[order], sorted(skipped)
 
 
 def staging_folder(folder: Path) -> Path:

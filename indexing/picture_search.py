@@ -1,6 +1,7 @@
 """Picture files -> hits with their metadata: what `lookalike search` prints."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def search_with_pictures(
     answers = []
     for start in range(0, len(pictures), _BATCH_SIZE):
         chunk = pictures[start : start + _BATCH_SIZE]
-        pixels = np.stack([transform(_decode(path)) for path in chunk])
-        hits = index.search(embed_pixels(encoder, torch.from_numpy(pixels)).numpy(), parameters)
+        pixels = [transform(_decode(path)) for path in chunk]
+        batches = [np.stack(list(group)) for _, group in groupby(pixels, key=lambda picture: picture.shape)]
+        vectors = [embed_pixels(encoder, torch.from_numpy(batch)).numpy() for batch in batches]
+        hits = index.search(np.concatenate(vectors), parameters)
         answers += _answers(index, chunk, hits)
     return answers
 

@@ -141,9 +141,27 @@ def available_device() -> torch.device:
 
 @torch.inference_mode()
 def embed_pixels(encoder: Encoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch dim"]:
-    """Embeddings for search: evaluation mode, no graph, on the encoder's device, returned on the CPU."""
+    """Embeddings for search: evaluation mode, no graph, on the encoder's device, returned on the CPU.
+
+    At several scales: the mean of the unit vectors, at unit length again.
+
+    Source: Radenovic, Tolias, Chum 2018, arXiv:1711.02512, section 4.3, with the plain mean.
+    """
     encoder.eval()
-    return encoder(pixels.to(encoder.mean.device)).float().cpu()
+    pixels = pixels.to(encoder.mean.device)
+    vectors = [encoder(_at_scale(pixels, scale)).float() for scale in encoder.settings.input.scales]
+    if len(vectors) == 1:
+        return vectors[0].cpu()
+    return functional.normalize(torch.stack(vectors).mean(dim=0), dim=1).cpu()
+
+
+def _at_scale(pixels: UInt8[Tensor, "batch 3 height width"], scale: float) -> UInt8[Tensor, "batch 3 _ _"]:
+    if scale == 1:
+        return pixels
+    size = [max(1, round(side * scale)) for side in pixels.shape[2:]]
+    # Not every device resizes bytes.
+    resized = functional.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def save_encoder(encoder: Encoder, folder: Path, *, replace: bool = False) -> Manifest:
@@ -195,11 +213,14 @@ def _require_poolable(encoder: Encoder) -> None:
     """One small picture through the backbone: finds a pooling that does not fit before anything slow does."""
     settings = encoder.settings
     side = settings.input.size
+    width = side if settings.input.max_side is None else 2 * side // 3
     was_training = encoder.training
     try:
-        features = encoder.eval().backbone(torch.zeros(1, 3, side, side))
+        features = encoder.eval().backbone(torch.zeros(1, 3, side, width))
     except (AssertionError, RuntimeError) as error:
-        raise SettingsError(f"backbone {settings.backbone} does not take pictures of {side} pixels: {error}") from error
+        raise SettingsError(
+            f"backbone {settings.backbone} does not take pictures of {width} x {side} pixels: {error}"
+        ) from error
     encoder.train(was_training)
     expected = 4 if settings.pooling == "gem" else 2
     if features.ndim != expected:

@@ -1,24 +1,36 @@
 """What an encoder is made of and what pictures it expects. Stored beside its weights; imports no torch."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
 
 from lookalike.artifacts import fingerprint
 from lookalike.settings import Settings, dump_settings
 
 # Changes whenever the same InputSettings would give other pixels: old and new embeddings must not be compared.
-TRANSFORM_VERSION = 1
+# Version 2 follows embedded colour profiles.
+TRANSFORM_VERSION = 2
 
 
 class InputSettings(Settings):
-    """The evaluation transform: picture -> square RGB pixels. One for validation, embedding and queries."""
+    """The evaluation transform: picture -> RGB pixels. One for validation, embedding and queries."""
 
     size: Annotated[int, Field(ge=16, le=2048)] = 224
     """Side of the square that the encoder sees, in pixels."""
     resize_to: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Shorter side after resizing, before the centre crop; None resizes straight to `size`."""
+    max_side: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Longer side of a whole picture that keeps its shape and is never enlarged; None makes the square of `size`."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = (1.0,)
+    """Sizes at which a picture is embedded, relative to the above; the embedding is the mean over them."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling filter, always antialiased."""
 
@@ -26,7 +38,18 @@ class InputSettings(Settings):
     def _crop_fits(self) -> "InputSettings":
         if self.resize_to is not None and self.resize_to < self.size:
             raise ValueError(f"resize_to ({self.resize_to}) is smaller than size ({self.size})")
+        if self.resize_to is not None and self.max_side is not None:
+            raise ValueError("resize_to has no effect with max_side: nothing is cropped")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Encoders stored before these settings existed keep their fingerprints."""
+        tree = serialize(self)
+        unused = {"max_side"} if self.max_side is None else set()
+        if self.scales == (1.0,):
+            unused.add("scales")
+        return {name: value for name, value in tree.items() if name not in unused}
 
     @property
     def fingerprint(self) -> str:

@@ -27,6 +27,8 @@ class SourcePicture:
     label: str | None  # name of its class
     split: str
     coarse_label: str | None = None  # name of the group that its class belongs to
+    span: tuple[int, int] | None = None  # offset and number of the picture's bytes in the file; None: all of it
+    box: tuple[int, int, int, int] | None = None  # the part to store: left, top, right, bottom, see `pixel_box`
 
 
 @runtime_checkable
@@ -40,6 +42,18 @@ class PictureSource(Protocol):
             DataError: there are none, or what describes them contradicts itself.
         """
         ...
+
+
+def pixel_box(corners: Sequence[int | float]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom, each rounded, halves to even, as Pillow's `crop` does; right and bottom are excluded.
+
+    Raises:
+        ValueError: there are not four finite coordinates, or nothing lies between them.
+    """
+    left, top, right, bottom = (round(corner) for corner in corners)
+    if not (left < right and top < bottom):
+        raise ValueError(f"box {list(corners)} is empty")
+    return left, top, right, bottom
 
 
 def safe_keys(names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Every kind of picture becomes the RGB that a viewer shows; every bad one a DecodeError with its reason."""
 
+import importlib.util
 import io
 import struct
 import threading
@@ -7,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from data_pipelines.decode import DecodeLimits, decode_image, decode_with_format
+from data_pipelines.decode import CroppablePicture, DecodeLimits, decode_image, decode_with_format
 from lookalike.errors import DecodeError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -226,3 +227,127 @@ def test_threads_do_not_undo_each_others_warning_filter():
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def wide_gamut_profile() -> bytes:
+    """sRGB's curve with red and green swapped: nobody could miss whether it was followed."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    num_tags = struct.unpack_from(">I", profile, 128)[0]
+    entries = {bytes(profile[132 + 12 * n : 136 + 12 * n]): 132 + 12 * n for n in range(num_tags)}
+    profile[entries[b"rXYZ"] : entries[b"rXYZ"] + 4], profile[entries[b"gXYZ"] : entries[b"gXYZ"] + 4] = (
+        b"gXYZ",
+        b"rXYZ",
+    )
+    description = entries[b"desc"]
+    offset, size = struct.unpack_from(">II", profile, description + 4)
+    profile[offset : offset + size] = bytes(profile[offset : offset + size]).replace(
+        "sRGB".encode("utf-16-be"), "none".encode("utf-16-be")
+    )
+    return bytes(profile)
+
+
+def swapped() -> Image.Image:
+    red, green, blue = three_colours().split()
+    return Image.merge("RGB", (green, red, blue))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_an_embedded_colour_profile_is_followed(mode, image_format):
+    data = encoded(swapped().convert(mode), image_format, icc_profile=wide_gamut_profile())
+    assert_shows_three_colours(decode_image(data))
+
+
+@pytest.mark.parametrize("profile", [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_a_profile_of_no_use_is_ignored(profile, image_format):
+    data = encoded(
+        three_colours(),
+        image_format,
+        icc_profile=profile,
+        **{"quality": 95, "subsampling": 0} if image_format == "JPEG" else {},
+    )
+    assert_shows_three_colours(decode_image(data))
+
+
+def noisy(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    if request.param == "Pillow":
+        monkeypatch.setattr("data_pipelines.fast_jpeg.decode", lambda *_, **__: None)
+    elif importlib.util.find_spec("simplejpeg") is None:
+        pytest.skip("simplejpeg is not installed")
+
+
+JPEGS = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "full_chroma": {"subsampling": 0},
+    "grey": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+    "on_its_side": {"orientation": 6},
+    "upside_down": {"orientation": 3},
+    "profile": {"icc_profile": wide_gamut_profile()},
+}
+
+
+def jpeg(width: int, height: int, *, mode: str = "RGB", orientation: int = 1, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(noisy(width, height, mode), "JPEG", exif=exif, quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.usefixtures("decoder")
+def test_a_crop_at_full_size_is_cut_from_the_picture(kind):
+    data = jpeg(203, 151, **JPEGS[kind])
+    picture, whole = CroppablePicture(data), decode_image(data)
+    assert picture.size == whole.size
+    for box in ((0, 0, *whole.size), (10, 20, 90, 130)):
+        np.testing.assert_array_equal(picture.decode_crop(box, at_least=80), np.asarray(whole.crop(box)))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize(("at_least", "divisor"), [(52, 1), (51, 2), (26, 2), (25, 4), (12, 8), (1, 8)])
+@pytest.mark.usefixtures("decoder")
+def test_a_crop_is_shrunk_as_far_as_is_asked_for(kind, at_least, divisor):
+    data = jpeg(203, 151, **JPEGS[kind])
+    box = (40, 24, 144, 126)  # 104 x 102
+    pixels = CroppablePicture(data).decode_crop(box, at_least=at_least)
+    expected = np.asarray(decode_image(data).crop(box).reduce(divisor)).astype(int)
+    assert abs(pixels.shape[0] - 102 / divisor) <= 1
+    assert abs(pixels.shape[1] - 104 / divisor) <= 1
+    height, width = min(pixels.shape[0], expected.shape[0]), min(pixels.shape[1], expected.shape[1])
+    # Box edges are moved to those of shrunk pixels, so contents may lie one of them apart.
+    assert np.abs(pixels[:height, :width] - expected[:height, :width]).mean() < 12
+
+
+@pytest.mark.skipif(importlib.util.find_spec("simplejpeg") is None, reason="simplejpeg is not installed")
+@pytest.mark.parametrize("size", [(203, 151), (64, 64), (9, 500), (1, 1)])
+@pytest.mark.parametrize("at_least", [500, 60, 30, 15, 1])
+def test_both_decoders_give_the_same_pixels(monkeypatch, size, at_least):
+    data = jpeg(*size)
+    fast = CroppablePicture(data).decode_crop((0, 0, *size), at_least=at_least)
+    monkeypatch.setattr("data_pipelines.fast_jpeg.decode", lambda *_, **__: None)
+    np.testing.assert_array_equal(fast, CroppablePicture(data).decode_crop((0, 0, *size), at_least=at_least))
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_crop_of_a_cut_picture_is_a_decode_error():
+    data = jpeg(203, 151)
+    with pytest.raises(DecodeError) as caught:
+        CroppablePicture(data[: len(data) // 2]).decode_crop((0, 0, 100, 100), at_least=10)
+    assert caught.value.reason == "truncated"
+
+
+def test_a_picture_that_is_no_jpeg_is_cropped_exactly():
+    image = noisy(60, 40)
+    picture = CroppablePicture(encoded(image))
+    assert picture.size == (60, 40)
+    np.testing.assert_array_equal(
+        picture.decode_crop((8, 4, 56, 36), at_least=2), np.asarray(image.crop((8, 4, 56, 36)))
+    )

@@ -1,9 +1,13 @@
 """Batches depend on the plan, the seed and the step: not on workers, world or where one starts."""
 
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from data_pipelines.decode import decode_image
 from data_pipelines.loader import Batch, augmentation_seeds, evaluation_batches, training_batches
 from data_pipelines.settings import AugmentationSettings
 from data_pipelines.shard_set import ShardSet
@@ -150,6 +155,20 @@ def test_evaluation_sees_every_sample_once_in_row_order(shard_set, num_threads):
     assert torch.cat(pixels).shape == (shard_set.num_samples, 3, 16, 16)
 
 
+def test_pictures_that_keep_their_shapes_come_grouped_by_them(damaged):
+    transform = EvaluationTransform(InputSettings(max_side=36))
+    for name in damaged.shard_names:
+        expected, seen, skipped = damaged.rows_of_shard(name), [], []
+        for batch in evaluation_batches(damaged, name, transform, batch_size=4):
+            skipped += batch.skipped
+            for row, pixels in zip(batch.rows.tolist(), batch.pixels, strict=True):
+                seen.append(row)
+                np.testing.assert_array_equal(pixels, transform(decode_image(damaged.read_bytes(row))))
+        assert sorted([*seen, *(row for row, _ in skipped)]) == list(expected)
+        # Of consecutive samples only, so memory stays bounded.
+        assert all(abs(position - (row - expected[0])) < 4 + len(skipped) for position, row in enumerate(seen))
+
+
 def test_evaluation_names_what_it_skips(damaged):
     transform = EvaluationTransform(InputSettings(size=16))
     name = damaged.samples["shard"][9].as_py()
@@ -159,3 +178,80 @@ def test_evaluation_names_what_it_skips(damaged):
         skipped += batch.skipped
     assert skipped == [(9, "not_an_image")]
     assert sorted([*seen, 9]) == list(damaged.rows_of_shard(name))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("ending", ["exhausted", "closed", "error"])
+def test_reading_leaves_nothing_behind(shard_set, damaged, num_workers, ending):
+    """No open file, process, thread or shared memory, however reading ends."""
+    batches(shard_set, range(1), num_workers=num_workers)  # starts what stays by design: the fork server
+    shard_set.close()
+    before = left_behind()
+    with ShardSet.open(damaged.folder if ending == "error" else shard_set.folder) as opened:
+        reading = training_batches(
+            opened, plan_of(opened), TRANSFORM, world=World(), seed=7, steps=range(10), num_workers=num_workers
+        )
+        next(reading)
+        if ending == "exhausted":
+            assert len(list(reading)) == 9
+        elif ending == "closed":
+            reading.close()
+        else:
+            with pytest.raises(DataError):
+                list(reading)
+    del reading
+    assert left_behind() == before
+
+
+def left_behind() -> tuple[int, list, int, set[str]]:
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":  # of a queue that was closed; it ends by itself
+            thread.join(timeout=10)
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    shared = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(f"torch_{os.getpid()}_")}
+    return files, multiprocessing.active_children(), threading.active_count(), shared
+
+
+INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from data_pipelines.loader import training_batches
+from data_pipelines.settings import AugmentationSettings
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.transforms import TrainingTransform
+from lookalike.world import World
+
+if __name__ == "__main__":
+    with ShardSet.open(Path(sys.argv[1])) as shard_set:
+        rows = shard_set.rows("train")
+        plan = ClassBalancedBatches(shard_set.labels, rows, classes_per_batch=2, images_per_class=4, seed=5)
+        transform = TrainingTransform(AugmentationSettings(), 24)
+        reading = training_batches(
+            shard_set, plan, transform, world=World(), seed=7, steps=range(10**9), num_workers=int(sys.argv[2])
+        )
+        for batch in reading:
+            if batch.step == 2:
+                print("reading", flush=True)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ctrl_c_ends_at_once_and_everything(shard_set, tmp_path, num_workers):
+    script = tmp_path / "reading.py"
+    script.write_text(INTERRUPTED)
+    reading = subprocess.Popen(
+        [sys.executable, str(script), str(shard_set.folder), str(num_workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        process_group=0,
+    )
+    assert reading.stdout.readline() == "reading\n"
+    os.killpg(reading.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    # Returns once nobody holds its end of the pipes: the workers are gone, too.
+    _, errors = reading.communicate(timeout=20)
+    assert reading.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1, errors

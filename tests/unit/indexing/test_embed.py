@@ -19,6 +19,7 @@ from lookalike.encoder import Encoder, create_encoder, embed_pixels
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.errors import ArtifactError, ChecksumMismatch, DataError
 from lookalike.world import World
+from tests.unit.data_pipelines.small_shards import write_class_folders, write_small_shards
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def test_every_picture_of_the_split_is_embedded_under_its_own_id(
     block = sorted((tmp_path / "e" / "blocks").glob("*.npy"))[0]
     assert np.load(block).shape[1] == 16
     assert pq.read_table(block.with_suffix(".parquet")).column_names == ["id", "key"]
+
+
+def test_pictures_of_many_shapes_and_scales_are_embedded_in_order(tmp_path: Path) -> None:
+    shard_set = write_small_shards(write_class_folders(tmp_path / "pictures", {"a": 9, "b": 8}), tmp_path / "shards")
+    torch.manual_seed(0)
+    whole = InputSettings(size=32, max_side=40, scales=(0.75, 1.0))
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t", projection_dim=16, input=whole)).eval()
+    embeddings = embed_shards(encoder, shard_set, tmp_path / "e", settings=EmbedSettings(batch_size=5))
+    assert embeddings.ids.tolist() == shard_set.rows().tolist()
+    np.testing.assert_allclose(embeddings.vectors(), slow_vectors(encoder, shard_set, embeddings.ids), atol=1e-5)
 
 
 def test_the_number_of_ranks_changes_nothing(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -169,3 +170,12 @@ def test_a_replacement_that_cannot_be_renamed_leaves_the_old_folder(
         pass
     assert (tmp_path / "a" / "deep" / "file.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_known_checksums_are_taken_as_they_are(tmp_path):
+    (tmp_path / "parts").mkdir()
+    for name in ("parts/known", "new"):
+        (tmp_path / name).write_bytes(b"bytes")
+    manifest = write_manifest(tmp_path, Manifest("test", 1), known_sha256={"parts/known": "0" * 64})
+    assert manifest.files["parts/known"] == {"bytes": 5, "sha256": "0" * 64}
+    assert manifest.files["new"] == {"bytes": 5, "sha256": hashlib.sha256(b"bytes").hexdigest()}

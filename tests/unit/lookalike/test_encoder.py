@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lookalike.encoder import GeneralisedMean, create_encoder, embed_pixels, load_encoder, save_encoder
 from lookalike.encoder_settings import EncoderSettings, FileWeights, InputSettings, PackageWeights
@@ -45,6 +47,19 @@ def test_the_fingerprint_sees_weights_and_settings() -> None:
     other = create_encoder(larger)
     other.load_state_dict(encoder.state_dict())
     assert other.fingerprint != encoder.fingerprint
+
+
+def test_at_several_scales_the_embedding_is_the_mean_at_unit_length() -> None:
+    encoder = create_encoder(SMALL.model_copy(update={"input": InputSettings(size=32, scales=(0.5, 1.0))}))
+    pictures = torch.randint(0, 256, (2, 32, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    small = [Image.fromarray(picture.numpy()).resize((20, 16), Image.Resampling.BILINEAR) for picture in pictures]
+    encoder.eval()
+    with torch.no_grad():
+        half = encoder(torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2))
+        full = encoder(pictures.permute(0, 3, 1, 2))
+    expected = torch.nn.functional.normalize(half + full, dim=1)
+    # Pillow rounds the bytes after each of its two passes: some differ by one level.
+    torch.testing.assert_close(embed_pixels(encoder, pictures.permute(0, 3, 1, 2)), expected, atol=5e-3, rtol=0)
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
