@@ -20,6 +20,7 @@ from data_pipelines.class_balanced_batches import rank_share
 from data_pipelines.decode import CroppablePicture, DecodeLimits, decode_image
 from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
+from lookalike.counter_random import counter_hash
 from lookalike.errors import DataError, DecodeError, LookalikeError, ResourceError
 from lookalike.world import World
 
@@ -222,17 +223,8 @@ class _TrainingSteps(Dataset[Batch | _Failure]):
 
 
 def augmentation_seeds(seed: int, step: int, rows: Int64[ndarray, "batch"]) -> Int64[ndarray, "batch"]:
-    """A seed for each picture of a global batch: a hash of seed, step, position and row, at least 0.
-
-    The mixer is SplitMix64's (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", fig. 17).
-    """
-    state = np.zeros(len(rows), dtype=np.uint64)
-    for value in (np.full_like(rows, seed), np.full_like(rows, step), np.arange(len(rows)), rows):
-        state = (state ^ value.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(1)).astype(np.int64)
+    """A seed for each picture of a global batch, at least 0: a hash of seed, step, position and row."""
+    return (counter_hash(seed, step, np.arange(len(rows)), rows) >> np.uint64(1)).astype(np.int64)
 
 
 def _made_by_thread(dataset: _TrainingSteps, steps: Sequence[int]) -> Generator[Batch | _Failure, None, None]:
@@ -268,8 +260,9 @@ def _made_by_workers(
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # A dead worker shows as torch's RuntimeError, or as a broken pipe where it was to hand over a batch.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        # A dead worker shows as torch's RuntimeError that names its process, or as a broken pipe in the middle of a
+        # batch. An error inside a living worker is not meant.
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise ResourceError(
             f"a worker process ended: {error}. Memory or shared memory (/dev/shm) may be full: use fewer workers or "

@@ -131,7 +131,6 @@ class AugmentationSettings(Settings):
 class ClassFoldersSettings(Settings):
     """Pictures in one folder per class."""
 
-    source: Literal["class_folders"] = "class_folders"
     folder: Path
     """ROOT/class/picture, ROOT/{train,test}/class/picture, or ROOT/picture without classes."""
     test_class_share: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -145,9 +144,5 @@ class ClassFoldersSettings(Settings):
 class ListingSettings(Settings):
     """Pictures named by a table."""
 
-    source: Literal["listing"] = "listing"
     file: Path
     """CSV or Parquet with the column path, and optionally label, coarse_label, split, key."""
-
-
-SourceSettings = Annotated[ClassFoldersSettings | ListingSettings, Field(discriminator="source")]

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from data_pipelines.settings import ShardSettings
+import PIL
+
+from data_pipelines.settings import Reencode, ShardSettings
+from data_pipelines.shard_set import SHARD_SET_VERSION
 from data_pipelines.sources import PictureSource, SourcePicture
 from data_pipelines.sources.data_set import DataSet
 from lookalike.artifacts import fingerprint
@@ -74,10 +77,12 @@ def _listed(source: PictureSource) -> tuple[Sequence[SourcePicture], dict[str, A
 
 
 def shard_identity(settings: ShardSettings) -> dict[str, Any]:
-    """The settings that change the shards' bytes."""
+    """The settings and programs that change the shards' bytes."""
     tree = dump_settings(settings)
     del tree["max_quarantine_share"]
-    return tree
+    # A continued set must not mix the bytes of two encoders or two layouts.
+    encoder = PIL.__version__ if isinstance(settings.encoding, Reencode) else None
+    return {**tree, "format_version": SHARD_SET_VERSION, "encoder": encoder}
 
 
 def _cut(sized: Sequence[tuple[SourcePicture, int]], max_bytes: int) -> list[tuple[list[SourcePicture], int]]:

@@ -8,9 +8,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +42,7 @@ from lookalike.artifacts import Manifest, file_sha256, link_or_copy, publishing,
 from lookalike.errors import ArtifactError, DataError, DecodeError, ResourceError
 from lookalike.progress import Progress
 from lookalike.settings import dump_settings
+from lookalike.worker_processes import prepare_worker
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 _TAR_BLOCK = tarfile.BLOCKSIZE
@@ -162,7 +160,7 @@ def _written(
     pool = ProcessPoolExecutor(
         min(num_processes, len(shards)),
         mp_context=multiprocessing.get_context("forkserver"),
-        initializer=_prepare_worker,
+        initializer=prepare_worker,
     )
     waiting = iter(shards)
     running: dict[Future[None], PlannedShard] = {}
@@ -183,19 +181,6 @@ def _written(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    """Makes a worker end with its parent, which it would outlive otherwise, and without words on Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait_and_exit() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def write_shard(shard: PlannedShard, staging: Path, settings: ShardSettings) -> None:

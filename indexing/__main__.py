@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data_pipelines.settings import ShardCacheSettings
 from indexing.settings import EmbedSettings, IndexSettings
 from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import SettingsError
@@ -19,7 +20,7 @@ SettingsFile = Annotated[Path | None, typer.Option("--settings", help="YAML file
 
 @app.command()
 def embed(
-    shards: Annotated[Path, typer.Argument(help="Shard set, written by `lookalike data write`.")],
+    shards: Annotated[str, typer.Argument(help="Shard set: a folder, or an address such as s3://bucket/shards.")],
     out: Annotated[Path, typer.Option(help="Folder of the new embedding set.")],
     encoder: Annotated[Path | None, typer.Option(help="Encoder folder, e.g. RUN/encoder of a training run.")] = None,
     pretrained: Annotated[
@@ -27,6 +28,9 @@ def embed(
     ] = None,
     image_size: Annotated[int, typer.Option(help="With --pretrained: side of the pictures, in pixels.")] = 224,
     split: Annotated[str | None, typer.Option(help="Only this split; all where absent.")] = None,
+    shard_cache: Annotated[
+        Path | None, typer.Option(help="Folder on this machine that keeps shards of an address.")
+    ] = None,
     settings_file: SettingsFile = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be embedded, and stop.")] = False,
     as_json: AsJson = False,
@@ -34,6 +38,9 @@ def embed(
     """Embed the pictures of a shard set; run it again to continue after an interruption. Works under torchrun."""
     if (encoder is None) == (pretrained is None):
         raise SettingsError("give either --encoder or --pretrained.")
+    if "://" in shards and shard_cache is None:
+        raise SettingsError(f"{shards} is read through a local cache: give --shard-cache.")
+    cache = ShardCacheSettings(folder=shard_cache) if shard_cache else None
     settings = load_settings(EmbedSettings, settings_file) if settings_file else EmbedSettings()
     from data_pipelines.shard_set import ShardSet
     from indexing.embed import embed_shards
@@ -44,7 +51,7 @@ def embed(
 
     world = World.detect()
     load_torch(num_threads=world.share_of_cores(num_cores()))
-    with ShardSet.open(shards) as shard_set, process_group(world):
+    with ShardSet.open(shards, cache=cache) as shard_set, process_group(world):
         if dry_run:
             plan = {
                 "pictures": len(shard_set.rows(split)),

@@ -50,7 +50,7 @@ def _print_plan(settings: TrainSettings, *, as_json: bool) -> None:
     from lookalike.world import World
     from training.loop import plan_batches
 
-    with ShardSet.open(settings.shards) as shard_set:
+    with ShardSet.open(settings.shards, cache=settings.shard_cache) as shard_set:
         num_steps_per_epoch = plan_batches(settings, shard_set, World.detect()).num_steps_per_epoch
     plan = {
         "images_per_step": settings.batch.num_images,

@@ -32,6 +32,17 @@ from training.losses import mixing_coefficients, recall_at_k_surrogate, surrogat
 from training.optimizer import create_optimizer, freeze_parameters, schedule_factor, set_learning_rate
 from training.settings import TrainSettings
 
+# Settings that say where things lie and how fast they are read.
+_NAMES_WITHOUT_EFFECT = (
+    "run",
+    "shards",
+    "shard_cache",
+    "num_workers",
+    "steps_per_checkpoint",
+    "num_kept_checkpoints",
+    "num_threads",
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +83,7 @@ def train(settings: TrainSettings, *, world: World = World()) -> Path:
         ArtifactError: the run folder belongs to another run.
         DataError, SettingsError: the shards do not allow the batches asked for.
     """
-    with ShardSet.open(settings.shards) as shard_set:
+    with ShardSet.open(settings.shards, cache=settings.shard_cache) as shard_set:
         identity = run_identity(settings, shard_set)
         encoder_folder = settings.run / "encoder"
         is_finished = encoder_folder.exists()
@@ -254,7 +265,7 @@ def run_identity(settings: TrainSettings, shard_set: ShardSet) -> str:
     go on with others, but the last bits of its weights then differ.
     """
     tree = dump_settings(settings)
-    for name in ("run", "shards", "num_workers", "steps_per_checkpoint", "num_kept_checkpoints", "num_threads"):
+    for name in _NAMES_WITHOUT_EFFECT:
         del tree[name]
     return fingerprint({"settings": tree, "shards": shard_set.fingerprint})
 

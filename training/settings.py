@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from data_pipelines.settings import AugmentationSettings
+from data_pipelines.settings import AugmentationSettings, ShardCacheSettings
 from lookalike.encoder_settings import EncoderSettings, RandomWeights, Weights
 from lookalike.settings import Settings
 
@@ -65,8 +65,10 @@ class OptimizerSettings(Settings):
 class TrainSettings(Settings):
     """A training run."""
 
-    shards: Path
-    """Shard set to train on."""
+    shards: str
+    """Shard set to train on: a folder, or an address that fsspec knows, such as s3://bucket/shards."""
+    shard_cache: ShardCacheSettings | None = None
+    """Where shards of an address are kept on this machine; required for one."""
     run: Path
     """Run folder: checkpoints, events, and at the end the encoder."""
     split: str | None = "train"
@@ -99,6 +101,12 @@ class TrainSettings(Settings):
     """Threads of the arithmetic; null takes all cores. Bit-equal reruns need the same number."""
     seed: NonNegativeInt = 0
     """Of weights, batches, augmentation and mixing."""
+
+    @model_validator(mode="after")
+    def _address_has_a_cache(self) -> "TrainSettings":
+        if "://" in self.shards and self.shard_cache is None:
+            raise ValueError(f"shards at {self.shards} are read through a local cache: set shard_cache.folder")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainSettings":

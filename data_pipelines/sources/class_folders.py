@@ -74,7 +74,12 @@ def _picture_names(root: Path) -> list[str]:
     """Paths of pictures relative to `root`, sorted; other files are counted and reported."""
     names: list[str] = []
     others: list[str] = []
+    seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        place = Path(folder).stat()
+        if (place.st_dev, place.st_ino) in seen:
+            raise DataError(f"{folder} is a link to a folder that is listed already: its pictures would count twice.")
+        seen.add((place.st_dev, place.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(folder).relative_to(root)
         for file in files:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.class_balanced_batches import ClassBalancedBatches, rank_share
+from data_pipelines.loader import augmentation_seeds
 from lookalike.errors import DataError, SettingsError
 from lookalike.world import World
 
@@ -134,3 +135,20 @@ def test_single_image_classes_take_part_by_choice_only():
 def test_samples_without_a_class_are_refused():
     with pytest.raises(DataError, match="1 of 3 samples have no class"):
         ClassBalancedBatches(np.array([0, 0, -1]), np.arange(3), classes_per_batch=1, images_per_class=2, seed=0)
+
+
+def test_batches_stay_what_they_are() -> None:
+    """A run that is resumed by a newer version must see the batches it would have seen.
+
+    Renew the values only together with a note in the changelog that runs begun before cannot be resumed.
+    """
+    labels = np.repeat(np.arange(5), [2, 3, 4, 5, 6])
+    plan = ClassBalancedBatches(labels, np.arange(20), classes_per_batch=2, images_per_class=3, seed=7)
+    assert [plan.rows_of_step(step).tolist() for step in (0, 1, 2, 1000)] == [
+        [11, 13, 9, 1, 0, 1],
+        [4, 3, 2, 18, 19, 17],
+        [16, 14, 15, 2, 3, 4],
+        [19, 15, 14, 3, 2, 4],
+    ]
+    seeds = augmentation_seeds(7, 1000, np.array([3, 3, 19]))
+    assert seeds.tolist() == [6267007301231848918, 4404560740165778886, 8466174645668590637]

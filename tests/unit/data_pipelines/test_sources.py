@@ -12,6 +12,7 @@ from data_pipelines.sources import safe_keys
 from data_pipelines.sources.class_folders import ClassFolders
 from data_pipelines.sources.listing import Listing
 from lookalike.errors import DataError
+from tests.drawn_pictures import draw_picture
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -141,3 +142,11 @@ def test_a_listing_that_is_no_table_is_refused(tmp_path):
     for name in ("list.parquet", "nowhere.csv"):
         with pytest.raises(DataError, match=name):
             Listing(ListingSettings(file=tmp_path / name)).pictures()
+
+
+def test_a_link_back_to_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    draw_picture(0, 0).save(tmp_path / "a" / "x.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(DataError, match="listed already"):
+        ClassFolders(ClassFoldersSettings(folder=tmp_path)).pictures()

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -17,9 +18,9 @@ from training.loop import begin_or_resume, plan_batches, run_identity, take_step
 from training.settings import TrainSettings
 
 
-def settings_for(shards: Path, run: Path, **changes: object) -> TrainSettings:
+def settings_for(shards: Path | str, run: Path, **changes: object) -> TrainSettings:
     tree: dict[str, object] = {
-        "shards": shards,
+        "shards": str(shards),
         "run": run,
         "num_steps": 3,
         "batch": {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": 3},
@@ -130,6 +131,18 @@ def test_batches_that_cannot_be_made_are_refused_by_name(shards_folder: Path, tm
         nowhere = settings_for(shards_folder, tmp_path, split="validation")
         with pytest.raises(DataError, match="validation"):
             plan_batches(nowhere, shard_set, World())
+
+
+def test_shards_at_an_address_train_the_encoder_of_the_folder(shards_folder: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{shards_folder}/", "/remote/shards/", recursive=True)
+    cache = {"folder": tmp_path / "cache"}
+    local = train(settings_for(shards_folder, tmp_path / "local", num_steps=2))
+    address = "memory://remote/shards"
+    remote = train(settings_for(address, tmp_path / "remote", num_steps=2, shard_cache=cache))
+    assert (remote / "encoder.safetensors").read_bytes() == (local / "encoder.safetensors").read_bytes()
+    with pytest.raises(SettingsError, match=r"shard_cache\.folder"):
+        settings_for(address, tmp_path)
 
 
 @pytest.mark.parametrize(
