@@ -50,7 +50,7 @@ def write(
     overrides: Overrides = None,
     dataset: Annotated[str | None, typer.Option(help=f"A public data set: {', '.join(DATA_SETS)}.")] = None,
     test_class_share: Annotated[
-        float | None, typer.Option(help="Share of the classes that become the split `test`; the rest is `train`.")
+        float | None, typer.Option(help="About this share of the classes becomes the split `test`, the rest `train`.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses the classes of the split `test`.")] = None,
     allow_shared_classes: Annotated[

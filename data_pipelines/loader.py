@@ -22,6 +22,7 @@ from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
 from lookalike.counter_random import counter_hash
 from lookalike.errors import DataError, DecodeError, LookalikeError, ResourceError
+from lookalike.worker_processes import prepare_worker
 from lookalike.world import World
 
 _STEPS_AHEAD_PER_WORKER = 2
@@ -253,6 +254,7 @@ def _made_by_workers(
         num_workers=min(num_workers, len(steps)),
         prefetch_factor=_STEPS_AHEAD_PER_WORKER,
         multiprocessing_context=_worker_context(),
+        worker_init_fn=_prepare_loader_worker,
         # Its own, or else starting workers would draw from the generator that dropout draws from.
         generator=torch.Generator(),
     )
@@ -271,6 +273,11 @@ def _made_by_workers(
     finally:
         # Dropping the iterator ends its workers.
         del batches
+
+
+def _prepare_loader_worker(worker: int) -> None:
+    # torch's own watchdog looks at the parent's process id, which is the fork server's.
+    prepare_worker()
 
 
 def _worker_context() -> BaseContext:

@@ -48,6 +48,7 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP":
 _TAR_BLOCK = tarfile.BLOCKSIZE
 _PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_NUM_NAMED = 3  # bad pictures in a message
 _SHARD_SHA256 = b"shard_sha256"  # in the metadata of a shard's sample table
 
 logger = logging.getLogger(__name__)
@@ -333,10 +334,11 @@ def _too_many_bad(plan: ShardPlan, staging: Path, settings: ShardSettings, num_b
     counts = ", ".join(
         f"{count} {reason}" for count, reason in zip(reasons["count_all"], reasons["reason"], strict=True)
     )
+    first = ", ".join(quarantine["path"].to_pylist()[:_NUM_NAMED])
     return DataError(
         f"at least {num_bad} of {plan.num_pictures} pictures are bad ({counts}), "
-        f"{settings.max_quarantine_share:.2%} are allowed. They are listed in {listing}. "
-        "Repair or remove them, or allow a larger share."
+        f"{settings.max_quarantine_share:.2%} are allowed: {first}{', ...' * (num_bad > _NUM_NAMED)} "
+        f"(all in {listing}). Repair or remove them, or allow a larger share (--max-bad-share)."
     )
 
 

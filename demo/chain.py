@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from data_pipelines.settings import ClassFoldersSettings, ShardSettings
-from data_pipelines.shard_set import ShardSet
+from data_pipelines.shard_set import QUARANTINE_NAME, ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import GIVEN_SPLITS, ClassFolders
 from demo.emoji_pictures import ATTRIBUTION_FILE, fetch_vendor_packages, render_pictures
@@ -37,6 +37,7 @@ _FLAT_FOLDER_SIZE = 224  # pixels; nothing is trained, so the pretrained resolut
 _PHOTO_SIZE = 128  # pixels; a person's own classes are trained on in minutes at this size
 _HELD_OUT_CLASS_SHARE = 0.3
 _MOST_SEEDS = 20
+_MOST_BAD_PICTURES = 0.5  # a demo shows what it can; half a folder of bad files is no picture folder
 _MOST_EPOCHS = 30
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,11 @@ def _flat_folder_demo(source: ClassFoldersSettings, folder: Path) -> DemoResult:
 def _recipe(folder: Path, overrides: list[str]) -> TrainSettings:
     tree = yaml.safe_load(resources.files("demo").joinpath("recipe.yaml").read_text(encoding="utf-8"))
     places = {"shards": str(folder / "shards"), "run": str(folder / "run")}
-    return validate_settings(TrainSettings, apply_overrides({**tree, **places}, overrides), where="demo/recipe.yaml")
+    return validate_settings(
+        TrainSettings,
+        apply_overrides({**tree, **places}, overrides),
+        where=f"the demo's recipe {' '.join(overrides)}".strip(),
+    )
 
 
 def _own_pictures_settings(shards: ShardSet, folder: Path, overrides: list[str], *, split: str | None) -> TrainSettings:
@@ -172,7 +177,12 @@ def _own_pictures_settings(shards: ShardSet, folder: Path, overrides: list[str],
 
 
 def _write_shards(source: ClassFoldersSettings, folder: Path) -> ShardSet:
-    return write_shards(ClassFolders(source), folder, ShardSettings(), num_processes=num_cores())
+    settings = ShardSettings(max_quarantine_share=_MOST_BAD_PICTURES)
+    shards = write_shards(ClassFolders(source), folder, settings, num_processes=num_cores())
+    num_bad = shards.manifest.details["num_quarantined"]
+    if num_bad:
+        logger.warning("  left out %d pictures that cannot be opened; %s lists them", num_bad, folder / QUARANTINE_NAME)
+    return shards
 
 
 def _train(settings: TrainSettings) -> Encoder:

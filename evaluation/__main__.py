@@ -11,11 +11,11 @@ from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import SettingsError
 
 app = new_app("Measure retrieval quality.")
-_COMMANDS = ("embeddings", "descriptors", "compare")
+_COMMANDS = ("leave-one-out", "descriptors", "compare")
 
 
 @app.command()
-def embeddings(
+def leave_one_out(
     embedding_sets: Annotated[
         list[Path], typer.Argument(help="Embedding sets of the same pictures; the last is compared.")
     ],
@@ -115,9 +115,9 @@ def _require_options(benchmark: str, *, needed: dict[str, Path | None], unused: 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m evaluation") -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # `lookalike evaluate EMBEDDINGS` is short for `lookalike evaluate embeddings EMBEDDINGS`.
+    # `lookalike evaluate EMBEDDINGS` is short for `lookalike evaluate leave-one-out EMBEDDINGS`.
     if given and given[0] not in (*_COMMANDS, "--help"):
-        given.insert(0, "embeddings")
+        given.insert(0, "leave-one-out")
     run_command(app, given, program=program)
 
 

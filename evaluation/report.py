@@ -80,7 +80,10 @@ def table_lines(summary: Mapping[str, Any]) -> list[str]:
     contenders = summary["contenders"]
     metrics = list(next(iter(contenders.values()))["metrics"])
     width = max(map(len, contenders))
-    lines = [f"{'':<{width}}  " + "  ".join(f"{metric:^19}" for metric in metrics)]
+    about = (
+        f"{summary['num_queries']} queries, {summary['num_gallery']} in the gallery; brackets: {summary['intervals']}"
+    )
+    lines = [about, f"{'':<{width}}  " + "  ".join(f"{metric:^19}" for metric in metrics)]
     for name, entry in contenders.items():
         cells = [f"{m['mean']:.3f} {_interval(m, '{:.3f}')}" for m in entry["metrics"].values()]
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:^19}" for cell in cells))

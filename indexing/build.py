@@ -21,6 +21,7 @@ from indexing.published_index import (
     METADATA_NAME,
     PublishedIndex,
     next_version,
+    require_index_folder,
     set_current_version,
 )
 from indexing.settings import IndexSettings
@@ -48,9 +49,10 @@ def build_index(embeddings: EmbeddingSet, folder: Path, settings: IndexSettings 
     A version made from the same embeddings and settings that is current already is kept as it is.
 
     Raises:
-        ArtifactError: the shards that the embeddings came from have changed.
+        ArtifactError: the shards that the embeddings came from have changed, or `folder` holds something else.
         DataError: vectors are not finite, or the finished index does not find known vectors under their ids.
     """
+    require_index_folder(folder)
     existing = _current_if_same(embeddings, folder, settings)
     if existing is not None:
         return existing

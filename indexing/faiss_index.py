@@ -85,6 +85,8 @@ class FaissSearcher:
     def read(cls, path: Path, *, index_type: str, default_num_probes: int) -> "FaissSearcher":
         """Raises ArtifactError where the file is missing or damaged."""
         faiss = load_faiss()
+        if not path.exists():
+            raise ArtifactError(f"{path} is missing. Build the index again.")
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:

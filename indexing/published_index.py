@@ -116,7 +116,14 @@ def current_version(folder: Path) -> str:
     try:
         return (folder / _CURRENT_NAME).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{folder} is not an index: it has no {_CURRENT_NAME} file.") from None
+        reason = f"it has no {_CURRENT_NAME} file" if folder.exists() else "it does not exist"
+        raise ArtifactError(f"{folder} is not an index: {reason}. `lookalike index build` makes one.") from None
+
+
+def require_index_folder(folder: Path) -> None:
+    """Raises ArtifactError if `folder` holds anything but an index."""
+    if folder.exists() and not (folder / _CURRENT_NAME).exists() and any(folder.iterdir()) and not versions_of(folder):
+        raise ArtifactError(f"{folder} holds something other than an index. Choose another folder.")
 
 
 def set_current_version(folder: Path, version: str) -> None:

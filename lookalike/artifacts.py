@@ -175,11 +175,14 @@ def read_manifest(folder: Path, *, kind: str, newest_version: int) -> Manifest:
         tree = json.loads(path.read_text(encoding="utf-8"))
         found_kind, found_version = tree["kind"], tree["format_version"]
     except (FileNotFoundError, NotADirectoryError):
-        raise DamagedArtifact(f"{folder} is not a finished {kind}: it has no {MANIFEST_NAME}.") from None
+        reason = f"it has no {MANIFEST_NAME}" if folder.exists() else "it does not exist"
+        inside = folder / kind.replace(" ", "_")
+        hint = f" Did you mean {inside}?" if (inside / MANIFEST_NAME).exists() else ""
+        raise DamagedArtifact(f"{folder} is not a finished {kind}: {reason}.{hint}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DamagedArtifact(f"{path} cannot be read: {error}") from error
     if found_kind != kind:
-        raise ArtifactError(f"{folder} holds a {found_kind}, expected a {kind}.")
+        raise ArtifactError(f"{folder} is not what is expected here: found {found_kind}, expected {kind}.")
     if found_version > newest_version:
         raise ArtifactError(
             f"{folder} has {kind} format {found_version}, this version reads up to {newest_version}. Upgrade lookalike."

@@ -1,6 +1,7 @@
 """The only file that calls torch.distributed collectives. In a world of one every function is the identity."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,8 @@ def all_gather_rows(rows: Shaped[Tensor, "rows *rest"], world: World) -> Shaped[
     if world.size == 1:
         return rows
     gathered = rows.new_empty((world.size * rows.shape[0], *rows.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    with _newer_names_ignored():
+        distributed.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
 
 
@@ -48,7 +50,8 @@ def reduce_scatter_rows(all_rows: Float[Tensor, "all_rows dim"], world: World) -
     if world.size == 1:
         return all_rows
     own = all_rows.new_empty((all_rows.shape[0] // world.size, *all_rows.shape[1:]))
-    distributed.reduce_scatter_tensor(own, all_rows.contiguous())
+    with _newer_names_ignored():
+        distributed.reduce_scatter_tensor(own, all_rows.contiguous())
     return own
 
 
@@ -73,6 +76,14 @@ def any_rank(flag: bool, world: World, *, device: torch.device) -> bool:
     votes = torch.tensor([float(flag)], device=device)
     distributed.all_reduce(votes)
     return bool(votes.item() > 0)
+
+
+@contextmanager
+def _newer_names_ignored() -> Iterator[None]:
+    """torch 2.13 warns that these two have new names, which the older versions that we support lack."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def barrier(world: World) -> None:

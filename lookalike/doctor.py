@@ -35,6 +35,7 @@ class Finding:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
+    """Look at versions, cores, BLAS, the import order of torch and faiss, GPU and disk, and say what to change."""
     findings = examine()
     result = {"findings": [asdict(finding) for finding in findings]}
     print_result(result, as_json=as_json, lines=lambda: [_line(finding) for finding in findings])

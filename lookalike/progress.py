@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+_SECONDS_TO_FIRST_LINE = 3.0
 _SECONDS_BETWEEN_LINES = 15.0
 
 logger = logging.getLogger(__name__)
@@ -17,13 +18,13 @@ Item = TypeVar("Item")
 class Progress:
     """Counts done work and shows done/total, rate and time left; a context manager."""
 
-    def __init__(self, total: int, *, description: str, unit: str, done: int = 0) -> None:
-        self._bar = tqdm(
-            total=total, initial=done, desc=description, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False
-        )
+    def __init__(self, total: int, *, description: str, unit: str, done: int = 0, is_shown: bool = True) -> None:
+        has_bar = is_shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}", disable=not has_bar, leave=False)
+        self._prints_lines = is_shown and not has_bar
         self._total, self._done, self._description, self._unit = total, done, description, unit
         self._started, self._at_start = time.monotonic(), done
-        self._next_line = self._started + _SECONDS_BETWEEN_LINES
+        self._next_line = self._started + _SECONDS_TO_FIRST_LINE
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
         self._done += count
@@ -31,7 +32,7 @@ class Progress:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and (now >= self._next_line):
+        if self._prints_lines and now >= self._next_line:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             rate = (self._done - self._at_start) / (now - self._started)
             left = (self._total - self._done) / rate if rate > 0 else float("inf")

@@ -3,6 +3,7 @@
 Modules that declare settings import neither torch nor faiss, so `--help` and mistakes answer at once.
 """
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,14 +37,15 @@ def load_settings(model: type[AnySettings], path: Path, overrides: Sequence[str]
         raise SettingsError(f"Settings file {path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"Settings file {path} holds a {type(tree).__name__}, expected `key: value` lines.")
-    return validate_settings(model, apply_overrides(tree, overrides), where=str(path))
+    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return validate_settings(model, apply_overrides(tree, overrides), where=where)
 
 
 def validate_settings(model: type[AnySettings], tree: dict[str, Any], *, where: str) -> AnySettings:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc']) or '(top)'}: {e['msg']}" for e in error.errors()]
+        lines = [_refusal(entry["loc"], entry["type"], entry["msg"], model) for entry in error.errors()]
         raise SettingsError(f"Settings refused ({where}):\n  " + "\n  ".join(lines)) from None
 
 
@@ -71,6 +73,20 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 def dump_settings(settings: Settings) -> dict[str, Any]:
     """The resolved tree as plain JSON types: what is written into run folders and manifests."""
     return settings.model_dump(mode="json")
+
+
+def _refusal(location: tuple[int | str, ...], kind: str, message: str, model: type[Settings]) -> str:
+    path = ".".join(str(part) for part in location) or "(top)"
+    if kind != "extra_forbidden":
+        return f"{path}: {message}"
+    near = difflib.get_close_matches(str(location[-1]), sorted(_names_of(model)), n=1)
+    return f"{path}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _names_of(model: type[Settings]) -> set[str]:
+    """Names of all settings in the tree."""
+    schema = model.model_json_schema()
+    return {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})}
 
 
 def _copy(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serving.problems import Problem, invalid_field, invalid_request
-from serving.schemas import LONGEST_VECTOR, SearchRequest
+from serving.schemas import LONGEST_VECTOR, SearchForm, SearchRequest
 from serving.settings import ServingLimits
 
 _MOST_FORM_FIELDS = 8
@@ -64,6 +64,8 @@ async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str |
     for name, value in form.multi_items():
         if name in fields:
             raise invalid_field(name, "given twice")
+        if name not in SearchForm.model_fields:
+            raise invalid_field(name, f"there is no such field; a form has {', '.join(SearchForm.model_fields)}")
         if isinstance(value, UploadFile) != (name == "image"):
             raise invalid_field(name, "must be a file" if name == "image" else "must not be a file")
         fields[name] = await value.read() if isinstance(value, UploadFile) else value

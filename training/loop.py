@@ -118,7 +118,9 @@ def run_steps(
     )
     with (
         EventLog(settings.run / f"events-rank{world.rank}.jsonl") as events,
-        Progress(settings.num_steps, description="training", unit="steps", done=state.step) as progress,
+        Progress(
+            settings.num_steps, description="training", unit="steps", done=state.step, is_shown=world.is_first
+        ) as progress,
     ):
         started = time.perf_counter()
         for batch in batches:
@@ -289,7 +291,10 @@ def _require_same_start(run: Path, step: int | None, world: World) -> None:
 
 def _require_same_run(run: Path, identity: str) -> None:
     read_manifest(run / "encoder", kind=ENCODER_KIND, newest_version=ENCODER_VERSION)
-    first_line = (run / "settings.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    description = run / "settings.yaml"
+    if not description.exists():
+        raise ArtifactError(f"{run} holds an encoder but no training run. Choose another run folder.")
+    first_line = description.read_text(encoding="utf-8").partition("\n")[0]
     if not first_line.endswith(identity):
         raise ArtifactError(f"{run} holds a finished run with other settings or data. Choose another run folder.")
 

@@ -29,8 +29,11 @@ def demo(*arguments: str) -> tuple[dict[str, Any], str]:
 
 def test_own_class_folders_are_trained_on_measured_and_indexed(tmp_path: Path) -> None:
     draw_class_folders(tmp_path / "pictures", range(10), pictures_per_class=4)
+    broken = tmp_path / "pictures" / "class03" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     arguments = ("--images", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), *QUICK)
-    numbers, _ = demo(*arguments)
+    numbers, log = demo(*arguments)
+    assert "left out 1 pictures that cannot be opened" in log
     assert list(numbers["evaluation"]["contenders"]) == ["raw pixels", "frozen ImageNet encoder", "trained with RS@k"]
     assert Path(numbers["report"]).exists()
     assert (Path(numbers["index"]) / "CURRENT").exists()

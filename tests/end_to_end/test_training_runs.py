@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -71,8 +70,44 @@ def kill_after_step(config: Path, run: Path, step: int) -> None:
         assert process.poll() is None, "training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    # Loader processes must not outlive a training process, however it ends.
+    deadline = time.monotonic() + 30
+    while living := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, f"left behind: {living}"
+        time.sleep(0.1)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Command lines of all living processes of a session."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            state, _, _, own_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(own_session) == session and state != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_sigterm_ends_training_cleanly_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training", str(config), "num_steps=500"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not read_events(run / "events-rank0.jsonl", "step"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)  # ends only when nobody holds the pipe any more
+    assert process.returncode == 143
+    assert errors.strip().splitlines()[-1].endswith("Run the same command again to continue.")
 
 
 def test_a_run_killed_at_random_steps_ends_with_the_bits_of_an_undisturbed_one(config: Path, tmp_path: Path) -> None:

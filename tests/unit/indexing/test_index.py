@@ -196,6 +196,15 @@ def test_a_picture_of_the_collection_finds_itself(
         search_with_pictures(index, [tmp_path / "absent.png"], SearchParameters())
 
 
+def test_an_index_is_never_built_into_something_else(embeddings: EmbeddingSet, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="other than an index"):
+        build_index(embeddings, tmp_path / "letters")
+    with pytest.raises(ArtifactError, match="other than an index"):
+        build_index(embeddings, embeddings.folder)
+
+
 @pytest.mark.parametrize("name", ["index.faiss", "metadata.arrow"])
 def test_a_file_broken_beyond_reading_is_named(embeddings: EmbeddingSet, tmp_path: Path, name: str) -> None:
     build_index(embeddings, tmp_path / "index")

@@ -69,7 +69,7 @@ def test_an_edited_manifest_is_found(tmp_path: Path) -> None:
 
 def test_wrong_kind_newer_format_and_no_manifest_are_told_apart(tmp_path: Path) -> None:
     publish(tmp_path / "a")
-    with pytest.raises(ArtifactError, match="holds a test, expected a other"):
+    with pytest.raises(ArtifactError, match="found test, expected other"):
         read_manifest(tmp_path / "a", kind="other", newest_version=1)
     with pytest.raises(ArtifactError, match="Upgrade"):
         read_manifest(tmp_path / "a", kind="test", newest_version=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_pipelines.shard_set import ShardSet
-from lookalike.encoder import create_encoder, load_encoder
+from lookalike.encoder import create_encoder, load_encoder, save_encoder
 from lookalike.encoder_settings import EncoderSettings
 from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
 from lookalike.events import read_events
@@ -51,6 +51,12 @@ def test_a_finished_run_is_reused_and_another_one_is_refused(shards_folder: Path
     assert (folder / "encoder.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ArtifactError, match="other settings or data"):
         train(settings.model_copy(update={"seed": 1}))
+
+
+def test_a_folder_with_another_artifact_is_no_run_folder(shards_folder: Path, tmp_path: Path) -> None:
+    save_encoder(create_encoder(EncoderSettings(backbone="resnet10t")), tmp_path / "e" / "encoder")
+    with pytest.raises(ArtifactError, match="no training run"):
+        train(settings_for(shards_folder, tmp_path / "e"))
 
 
 def test_an_unfinished_run_with_other_settings_is_refused(shards_folder: Path, tmp_path: Path) -> None:
