@@ -18,9 +18,8 @@ def set_thread_policy() -> None:
     """Lets OpenMP threads sleep while they wait; called by every command before torch or faiss is loaded.
 
     By default they spin. With more runnable threads than cores (loader processes, a second program) a spinning thread
-    keeps its core from the very thread it waits for: a training step of the demo took 12 s instead of 1 s beside one
-    other busy process on two cores. On a quiet machine the difference is within noise. An OMP_WAIT_POLICY that is set
-    already is respected.
+    keeps its core from the very thread it waits for: see docs/decisions/0002-waiting-threads-sleep.md. An
+    OMP_WAIT_POLICY that is set already is respected.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
