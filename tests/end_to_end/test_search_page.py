@@ -15,6 +15,7 @@ from tests.unit.serving.small_index import NUM_PICTURES, SmallIndex, make_small_
 
 pytest.importorskip("selenium", reason="needs selenium: install lookalike with the extra [dev]")
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -62,7 +63,10 @@ class Page:
         return self.browser.execute_script(script, *arguments)
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
-        WebDriverWait(self.browser, SECONDS_TO_WAIT, poll_frequency=0.05).until(lambda _: condition())
+        # A condition may look at an element that the page replaces just then: it is asked again.
+        stale = (StaleElementReferenceException,)
+        wait = WebDriverWait(self.browser, SECONDS_TO_WAIT, poll_frequency=0.05, ignored_exceptions=stale)
+        wait.until(lambda _: condition())
 
     def wait_until_settled(self) -> None:
         """Until nothing is being searched and every picture is drawn."""
@@ -80,7 +84,11 @@ class Page:
         self.wait_for_query("Your picture")
 
     def found_ids(self) -> list[int]:
-        return [int(card.get_attribute("data-id") or -1) for card in self.all(".card")]
+        # In one script: card by card, the page could replace them in between.
+        ids: list[int] = self.run(
+            "return [...document.querySelectorAll('.card')].map((card) => Number(card.dataset.id))"
+        )
+        return ids
 
     def focused_id(self) -> str:
         return str(self.run("return document.activeElement.id"))
