@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,11 @@ from lookalike.artifacts import (
 from lookalike.errors import ArtifactError, ChecksumMismatch, DataError, ResourceError
 
 ORIGIN_NAME = "origin.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# The cache removes what it named itself, and nothing else: its folder may hold other people's files.
+_OWN_STEM = "[0-9a-f]" * 64
+# What the writer gives; no other name can lead out of the folder or cover a file of the cache's own.
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LONGEST_WAIT_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,8 @@ class ShardCache:
         self._settings = settings
         self._files = manifest.files
         self._folder = settings.folder / "shards"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with _usable(settings):
+            self._folder.mkdir(parents=True, exist_ok=True)
         num_bytes = sum(manifest.files[name]["bytes"] for name in manifest.details["shards"])
         if num_bytes > settings.max_bytes:
             logger.warning(
@@ -56,18 +63,33 @@ class ShardCache:
 
         Raises:
             DataError: the shard cannot be fetched, or is not the one of the manifest, after all attempts.
-            ResourceError: it does not fit.
+            ResourceError: it does not fit, or the cache's folder cannot be used.
         """
         path = self._folder / f"{self._files[name]['sha256']}.tar"
-        while True:
-            with suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY)
-                with suppress(FileNotFoundError):
-                    os.utime(path)  # least recently used goes first
-                return descriptor
-            with _locked(path.with_suffix(".lock")):
-                if not path.exists():
-                    self._fetch(name, path)
+        with _usable(self._settings):
+            while True:
+                descriptor = self._open_whole(name, path)
+                if descriptor is not None:
+                    return descriptor
+                with _locked(path.with_suffix(".lock")):
+                    if not self._is_whole(name, path):
+                        self._fetch(name, path)
+
+    def _open_whole(self, name: str, path: Path) -> int | None:
+        """A descriptor, or None where the shard is not there or was cut by a crash."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != self._files[name]["bytes"]:
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            os.utime(path)  # least recently used goes first
+        return descriptor
+
+    def _is_whole(self, name: str, path: Path) -> bool:
+        return path.exists() and path.stat().st_size == self._files[name]["bytes"]
 
     def _fetch(self, name: str, path: Path) -> None:
         size = self._files[name]["bytes"]
@@ -79,6 +101,7 @@ class ShardCache:
         partial = path.with_suffix(".partial")
         try:
             _download(f"{self._url}/{name}", partial, self._files[name], self._settings)
+            _fsync(partial)
             with _locked(self._folder / "lock"):
                 self._make_room(size)
                 partial.rename(path)
@@ -87,15 +110,16 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         """Removes the least recently used shards, and what killed downloads left."""
-        for partial in self._folder.glob("*.partial"):
-            if not _is_locked(partial.with_suffix(".lock")):
-                partial.unlink(missing_ok=True)
-        shards = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._folder.glob("*.tar"))
+        for partial in self._folder.glob(f"{_OWN_STEM}.partial"):
+            _remove_unless_locked(partial)
+        shards = sorted(
+            (path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._folder.glob(f"{_OWN_STEM}.tar")
+        )
         surplus = sum(num_bytes for _, num_bytes, _ in shards) + size - self._settings.max_bytes
         for _, num_bytes, path in shards:
             if surplus <= 0:
                 return
-            path.unlink()
+            path.unlink(missing_ok=True)
             surplus -= num_bytes
 
 
@@ -104,12 +128,14 @@ def fetch_tables(url: str, settings: ShardCacheSettings, *, kind: str, newest_ve
 
     Raises:
         DataError: a file cannot be fetched.
-        ArtifactError: there is no shard set that this version reads.
+        ArtifactError: there is no shard set that this version reads, or its manifest names files that none has.
+        ResourceError: the cache's folder cannot be used.
     """
     url = url.rstrip("/")
     sets = settings.folder / "sets"
-    sets.mkdir(parents=True, exist_ok=True)
-    with _locked(sets / "lock"):
+    with _usable(settings):
+        sets.mkdir(parents=True, exist_ok=True)
+    with _usable(settings), _locked(sets / "lock"):
         manifest = _fetch_manifest(url, sets / "incoming", settings, kind=kind, newest_version=newest_version)
         folder = sets / manifest.fingerprint[:32]
         origin = json.dumps({"url": url, "cache": settings.model_dump(mode="json")})
@@ -128,6 +154,7 @@ def cache_of(folder: Path, manifest: Manifest) -> ShardCache | None:
     """The cache that a set's shards are in, or None for a set that lies in `folder` itself."""
     try:
         origin = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
+        _require_safe(manifest, where=folder)
         return ShardCache(origin["url"], ShardCacheSettings.model_validate(origin["cache"]), manifest)
     except FileNotFoundError:
         return None
@@ -140,7 +167,25 @@ def _fetch_manifest(
 ) -> Manifest:
     incoming.mkdir(exist_ok=True)
     _download(f"{url}/{MANIFEST_NAME}", incoming / MANIFEST_NAME, None, settings)
-    return read_manifest(incoming, kind=kind, newest_version=newest_version)
+    manifest = read_manifest(incoming, kind=kind, newest_version=newest_version)
+    _require_safe(manifest, where=url)
+    return manifest
+
+
+def _require_safe(manifest: Manifest, *, where: object) -> None:
+    """Refuses names and checksums that would become paths outside the set or the cache.
+
+    A manifest's fingerprint shows damage, not intent: whoever serves the files can make one that fits.
+    """
+    for name, entry in manifest.files.items():
+        is_own = name in (MANIFEST_NAME, ORIGIN_NAME)
+        if is_own or not _SAFE_NAME.fullmatch(name) or not _SHA256.fullmatch(str(entry.get("sha256"))):
+            raise ArtifactError(
+                f"the manifest of {where} names a file {name!r} as no shard set holds it. Do not use it."
+            )
+    missing = manifest.details["shards"].keys() - manifest.files.keys()
+    if missing:
+        raise ArtifactError(f"the manifest of {where} describes {min(missing)} without its size and checksum.")
 
 
 def _download(url: str, target: Path, expected: Mapping[str, Any] | None, settings: ShardCacheSettings) -> None:
@@ -190,10 +235,24 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_locked(path: Path) -> bool:
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+def _remove_unless_locked(partial: Path) -> None:
+    """Removes what a killed download left; under its lock, or one that starts just then would lose its file."""
+    with partial.with_suffix(".lock").open("w") as lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _usable(settings: ShardCacheSettings) -> Iterator[None]:
+    """Names the cache where the file system refuses something."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"the shard cache {settings.folder} cannot be used: {error}. Choose another folder, or free it."
+        ) from error
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """Which pictures go into which shard: a pure function of the source's list, the files' sizes and the settings."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -55,13 +56,15 @@ def plan_shards(source: PictureSource, settings: ShardSettings) -> ShardPlan:
     index_of_class = {name: index for index, name in enumerate(class_names)}
     shards: list[PlannedShard] = []
     identity: list[Any] = [shard_identity(settings)]
+    num_common = len(os.path.commonpath([picture.path.parent for picture in pictures]))
     for split, group in groupby(pictures, key=lambda picture: picture.split):
         sized = []
         for picture in group:
             num_bytes, changed = _size_and_change_time(picture)
             sized.append((picture, num_bytes))
-            box = [] if picture.box is None else [list(picture.box)]
-            identity.append([picture.key, picture.label, picture.coarse_label, split, num_bytes, changed, *box])
+            # Where the bytes lie within the source, since a key can be given to others of the same size and time.
+            place = [str(picture.path)[num_common:], picture.span, picture.box]
+            identity.append([picture.key, picture.label, picture.coarse_label, split, num_bytes, changed, *place])
         for number, (part, num_bytes) in enumerate(_cut(sized, settings.max_shard_bytes)):
             labels = tuple(-1 if picture.label is None else index_of_class[picture.label] for picture in part)
             shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, tuple(part), labels, num_bytes))

@@ -166,7 +166,8 @@ class ShardSet:
         """
         name = self._shards[index(row)].as_py()
         size, offset = int(self._sizes[row]), int(self._offsets[row])
-        data = os.pread(self._open_shard(name).descriptor, size, offset)
+        shard = self._open_shard(name)  # held until the read is over, or another thread could close it
+        data = os.pread(shard.descriptor, size, offset)
         if len(data) != size:
             raise ChecksumMismatch(
                 f"{self.folder / name} ends inside sample {self.key(row)}: it was cut. Make the shard set again."

@@ -48,6 +48,7 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP":
 _TAR_BLOCK = tarfile.BLOCKSIZE
 _PLAN_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_UNREADABLE = "unreadable"  # the reason in quarantine of a file that could not be opened
 _NUM_NAMED = 3  # bad pictures in a message
 _SHARD_SHA256 = b"shard_sha256"  # in the metadata of a shard's sample table
 
@@ -133,8 +134,8 @@ def _staging(folder: Path, plan: ShardPlan) -> Iterator[Path]:
 
 def _write_missing_shards(plan: ShardPlan, staging: Path, settings: ShardSettings, *, num_processes: int) -> None:
     """Leaves every shard of the plan finished in `staging`, or raises as soon as too many pictures are bad."""
-    finished = [shard for shard in plan.shards if _is_finished(shard, staging)]
-    missing = [shard for shard in plan.shards if not _is_finished(shard, staging)]
+    finished = [shard for shard in plan.shards if _is_kept(shard, staging)]
+    missing = [shard for shard in plan.shards if not _is_kept(shard, staging)]
     num_done = sum(len(shard.pictures) for shard in finished)
     num_bad = sum(_num_quarantined(shard, staging) for shard in finished)
     if finished:
@@ -260,7 +261,7 @@ def _source_bytes(picture: SourcePicture, *, max_bytes: int) -> bytes:
             file.seek(offset)
             return file.read(min(size, max_bytes + 1))
     except OSError as error:
-        raise DecodeError("unreadable", f"the file cannot be read: {error.strerror}") from error
+        raise DecodeError(_UNREADABLE, f"the file cannot be read: {error.strerror}") from error
 
 
 def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
@@ -353,6 +354,16 @@ def _staging_folder(folder: Path) -> Path:
 
 def _is_finished(shard: PlannedShard, staging: Path) -> bool:
     return _samples_file(shard, staging).exists()
+
+
+def _is_kept(shard: PlannedShard, staging: Path) -> bool:
+    """Finished, and every file could be opened: what stood in the way may be gone, and leaves no trace in a file."""
+    if not _is_finished(shard, staging):
+        return False
+    return (
+        _UNREADABLE
+        not in parquet.read_table(_quarantine_file(shard, staging), columns=["reason"])["reason"].to_pylist()
+    )
 
 
 def _num_quarantined(shard: PlannedShard, staging: Path) -> int:

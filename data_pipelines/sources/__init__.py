@@ -1,9 +1,10 @@
 """Where pictures come from. A source is one small file that offers `PictureSource`."""
 
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -54,6 +55,28 @@ def pixel_box(corners: Sequence[int | float]) -> tuple[int, int, int, int]:
     if not (left < right and top < bottom):
         raise ValueError(f"box {list(corners)} is empty")
     return left, top, right, bottom
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """All files under a folder, also through links, in no order; hidden ones are left out. None where it is absent.
+
+    Raises:
+        DataError: a folder cannot be listed, or is reached twice: whole classes would be missing, or count twice.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+
+    if not root.exists():
+        return
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        place = Path(folder).stat()
+        if (place.st_dev, place.st_ino) in seen:
+            raise DataError(f"{folder} is a link to a folder that is listed already: its pictures would count twice.")
+        seen.add((place.st_dev, place.st_ino))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
 
 
 def safe_keys(names: Sequence[str]) -> list[str]:

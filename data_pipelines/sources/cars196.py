@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_pipelines.sources import SourcePicture, safe_keys
+from data_pipelines.sources import SourcePicture, files_below, safe_keys
 from data_pipelines.sources.data_set import DataSet, OfficialCount
 from data_pipelines.sources.list_files import read_rows
 from lookalike.errors import DataError, ResourceError
@@ -62,7 +62,7 @@ class Cars196(DataSet):
         class_names = [name.strip('"') for (name,) in read_rows(self.root / "names.csv", num_columns=1)]
         for half in ("train", "test"):
             folder = Path("car_data", "car_data", half)
-            place = {path.name: path.relative_to(self.root) for path in (self.root / folder).glob("*/*")}
+            place = {path.name: path.relative_to(self.root) for path in files_below(self.root / folder)}
             file = self.root / f"anno_{half}.csv"
             for name, *_, number in read_rows(file, num_columns=_CLASS_COLUMN + 1, separator=","):
                 if not number.isdecimal() or not 1 <= int(number) <= len(class_names):

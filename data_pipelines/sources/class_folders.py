@@ -2,12 +2,18 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.settings import ClassFoldersSettings
-from data_pipelines.sources import PICTURE_SUFFIXES, SourcePicture, checked, refuse_shared_classes, safe_keys
+from data_pipelines.sources import (
+    PICTURE_SUFFIXES,
+    SourcePicture,
+    checked,
+    files_below,
+    refuse_shared_classes,
+    safe_keys,
+)
 from lookalike.errors import DataError
 
 GIVEN_SPLITS = ("test", "train")
@@ -74,19 +80,9 @@ def _picture_names(root: Path) -> list[str]:
     """Paths of pictures relative to `root`, sorted; other files are counted and reported."""
     names: list[str] = []
     others: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        place = Path(folder).stat()
-        if (place.st_dev, place.st_ino) in seen:
-            raise DataError(f"{folder} is a link to a folder that is listed already: its pictures would count twice.")
-        seen.add((place.st_dev, place.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        for file in files:
-            if file.startswith("."):
-                continue
-            name = (relative / file).as_posix()
-            (names if Path(file).suffix.lower() in PICTURE_SUFFIXES else others).append(name)
+    for path in files_below(root):
+        name = path.relative_to(root).as_posix()
+        (names if path.suffix.lower() in PICTURE_SUFFIXES else others).append(name)
     if others:
         logger.info("%s: left out %d files that are no pictures by name, such as %s", root, len(others), min(others))
     return sorted(names)

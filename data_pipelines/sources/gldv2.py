@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipelines.sources import SourcePicture
+from data_pipelines.sources import SourcePicture, files_below
 from data_pipelines.sources.data_set import DataSet, OfficialCount
 from data_pipelines.sources.list_files import read_csv, read_rows
 
@@ -68,7 +68,10 @@ class GoogleLandmarksV2(DataSet):
             rows_of_solution = read_csv(self.root / _SOLUTION, ("id", "images"))
             yield from ((image_id, None) for image_id, images in rows_of_solution if images != "None")
         else:
-            yield from ((path.stem, None) for path in (self.root / part).glob("?/?/?/*.jpg"))
+            folder = self.root / part
+            # Pictures lie three folders deep, each named by a character of the id; others are no part of the set.
+            places = ((path, path.relative_to(folder).parts) for path in files_below(folder) if path.suffix == ".jpg")
+            yield from ((path.stem, None) for path, parts in places if [len(p) for p in parts[:-1]] == [1, 1, 1])
 
 
 def _folder_of(part: Part) -> str:

@@ -47,15 +47,18 @@ def _read_columns(file: Path) -> dict[str, list[str | None]]:
         table = parquet.read_table(file) if file.suffix.lower() == ".parquet" else _read_csv(file)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist.") from None
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as a listing: {error}") from error
     if "path" not in table.column_names:
         raise DataError(f"{file} has no column `path`; it has {', '.join(table.column_names)}.")
     absent: list[str | None] = [None] * table.num_rows
-    return {
-        name: table[name].cast(pyarrow.string()).to_pylist() if name in table.column_names else absent
-        for name in _COLUMNS
-    }
+    try:
+        return {
+            name: table[name].cast(pyarrow.string()).to_pylist() if name in table.column_names else absent
+            for name in _COLUMNS
+        }
+    except (KeyError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # a column twice, or no text in it
+        raise DataError(f"{file} cannot be read as a listing: {error}") from error
 
 
 def _read_csv(file: Path) -> pyarrow.Table:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from data_pipelines.sources import PICTURE_SUFFIXES, SourcePicture, safe_keys
+from data_pipelines.sources import PICTURE_SUFFIXES, SourcePicture, files_below, safe_keys
 from data_pipelines.sources.data_set import DataSet
 from lookalike.errors import DataError
 
@@ -62,7 +62,11 @@ class WebDatasetTars(DataSet):
         return ["."]
 
     def listed(self) -> list[SourcePicture]:
-        tars = [self.root] if self.root.is_file() else sorted(self.root.rglob("*.tar"))
+        tars = (
+            [self.root]
+            if self.root.is_file()
+            else sorted(path for path in files_below(self.root) if path.suffix == ".tar")
+        )
         samples = [sample for tar in tars for sample in _samples(tar)]
         names = [self._name(sample[0]) for sample in samples]
         self._refuse_repetitions(names, samples)

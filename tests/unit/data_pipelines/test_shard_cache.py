@@ -1,8 +1,11 @@
 """Shards that lie elsewhere are read as if they lay here, fetched once, and never trusted unseen."""
 
+import fcntl
 import functools
 import gc
+import hashlib
 import http.server
+import json
 import pickle
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from data_pipelines.settings import AugmentationSettings, ShardCacheSettings
 from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import TrainingTransform
+from lookalike.artifacts import Manifest
 from lookalike.errors import ArtifactError, DataError, ResourceError
 from lookalike.world import World
 from tests.unit.data_pipelines.small_shards import write_class_folders, write_small_shards
@@ -261,3 +265,98 @@ def test_a_replaced_set_is_read_anew(in_memory, cache, tmp_path):
         with ShardSet.open(in_memory, cache=cache) as remote:
             assert before != remote.fingerprint == written.fingerprint
             assert everything(remote) == everything(written)
+
+
+def forge_manifest(in_memory: str, change) -> None:
+    """Rewrites the remote manifest as a hostile server could: its own fingerprint fits again."""
+    files = fsspec.filesystem("memory")
+    tree = json.loads(files.cat_file("/bucket/shards/manifest.json"))
+    change(tree)
+    tree.pop("fingerprint")
+    tree["fingerprint"] = Manifest(**tree).fingerprint
+    files.pipe_file("/bucket/shards/manifest.json", json.dumps(tree).encode())
+
+
+@pytest.mark.parametrize("name", ["../../../victim/file", "/victim/file", "a/b", "origin.json", "manifest.json", ".x"])
+def test_a_manifest_that_reaches_outside_the_set_is_refused(in_memory, cache, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    fsspec.filesystem("memory").pipe_file("/bucket/shards/x", b"evil")
+    entry = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
+    forge_manifest(in_memory, lambda tree: tree["files"].update({name.replace("/victim", str(victim)): entry}))
+    with pytest.raises(ArtifactError, match="no shard set holds"):
+        ShardSet.open(in_memory, cache=cache)
+    assert (victim / "file").read_text() == "mine"
+
+
+def test_a_checksum_that_is_a_path_is_refused(shard_set, in_memory, cache, tmp_path):
+    forge_manifest(in_memory, lambda tree: tree["files"][shard_set.shard_names[0]].update(sha256="../../../outside"))
+    with pytest.raises(ArtifactError, match="no shard set holds"):
+        ShardSet.open(in_memory, cache=cache)
+    assert not list(tmp_path.glob("outside*"))
+
+
+def test_a_manifest_without_a_shard_it_describes_is_refused(shard_set, in_memory, cache):
+    forge_manifest(in_memory, lambda tree: tree["files"].pop(shard_set.shard_names[0]))
+    with pytest.raises(ArtifactError, match=shard_set.shard_names[0]):
+        ShardSet.open(in_memory, cache=cache)
+
+
+def test_eviction_never_touches_files_of_others(shard_set, in_memory, tmp_path):
+    own = tmp_path / "project" / "shards"
+    own.mkdir(parents=True)
+    names = ["train-000000.tar", "notes.partial", "0123.tar"]
+    for name in names:
+        (own / name).write_bytes(b"mine" * 1000)
+    largest = max(shard_set.manifest.files[name]["bytes"] for name in shard_set.shard_names)
+    with ShardSet.open(in_memory, cache=ShardCacheSettings(folder=own.parent, max_bytes=largest)) as remote:
+        everything(remote)  # each shard evicts the one before
+    assert [(own / name).read_bytes() for name in names] == [b"mine" * 1000] * 3
+
+
+def test_a_shard_cut_by_a_power_loss_is_fetched_again(shard_set, in_memory, cache):
+    with ShardSet.open(in_memory, cache=cache) as remote:
+        expected = everything(remote)
+    for path in shards_in(cache):
+        path.write_bytes(b"")
+    with ShardSet.open(in_memory, cache=cache) as remote:
+        assert everything(remote) == expected
+
+
+def test_a_cache_that_cannot_be_used_is_named(in_memory, cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=str(tmp_path / "file")):
+        ShardSet.open(in_memory, cache=ShardCacheSettings(folder=tmp_path / "file"))
+    with ShardSet.open(in_memory, cache=cache) as remote:
+
+        def refuse(*_: object, **__: object) -> int:
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr("data_pipelines.shard_cache.os.open", refuse)
+        with pytest.raises(ResourceError, match="Read-only"):
+            remote.read_bytes(0)
+
+
+def test_a_leftover_is_removed_under_its_lock(shard_set, in_memory, cache, monkeypatch):
+    """Else a download that starts just then writes into a file that is on its way out."""
+    leftover = cache.folder / "shards" / f"{'0' * 64}.partial"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    unlink, free_at_removal = Path.unlink, []
+
+    def watched(self: Path, missing_ok: bool = False) -> None:
+        if self == leftover and self.exists():
+            with leftover.with_suffix(".lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    free_at_removal.append(True)
+                except BlockingIOError:
+                    free_at_removal.append(False)
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with ShardSet.open(in_memory, cache=cache) as remote:
+        everything(remote)
+    assert free_at_removal == [False]
+    assert not leftover.exists()

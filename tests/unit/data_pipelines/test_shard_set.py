@@ -154,3 +154,22 @@ def test_what_is_no_shard_set_is_refused(copied, tmp_path):
     (copied.folder / "samples.parquet").write_bytes(b"no parquet")
     with pytest.raises(ArtifactError, match="tables of shard set"):
         ShardSet.open(copied.folder)
+
+
+def test_a_shard_is_not_closed_under_a_reader(shard_set, monkeypatch):
+    """Another thread lets go of the shard just before it is read, and the descriptor's number goes to another file."""
+    first, last = 0, shard_set.num_samples - 1
+    expected = shard_set.read_bytes(first)
+    read, opened = os.pread, []
+
+    def read_after_another_thread(descriptor: int, size: int, offset: int) -> bytes:
+        shard_set.close()
+        gc.collect()
+        other = shard_set.folder / shard_set.samples["shard"][last].as_py()
+        opened.append(os.open(other, os.O_RDONLY))
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr("data_pipelines.shard_set.os.pread", read_after_another_thread)
+    assert shard_set.read_bytes(first) == expected
+    for descriptor in opened:
+        os.close(descriptor)

@@ -22,6 +22,7 @@ from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
 from data_pipelines.sources.listing import Listing
+from data_pipelines.sources.webdataset_tars import WebDatasetTars
 from lookalike.errors import ArtifactError, DataError, ResourceError
 from tests.unit.data_pipelines.small_shards import (
     SMALL_SHARDS,
@@ -303,3 +304,57 @@ def test_a_listing_brings_coarse_labels(tmp_path):
     source = Listing(ListingSettings(file=tmp_path / "list.csv"))
     (sample,) = write_shards(source, tmp_path / "shards", SMALL_SHARDS).samples.to_pylist()
     assert (sample["class_name"], sample["coarse_label"], sample["split"]) == ("sparrow", "bird", "gallery")
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again(pictures, tmp_path, monkeypatch):
+    """Mounting or chmod changes neither size nor time: the shard must not be kept as it was."""
+    bad = next(iter(sorted(pictures.rglob("*.jpg"))))
+    open_file = Path.open
+
+    def refused(self: Path, *arguments: str, **options: str) -> object:
+        if self == bad:
+            raise PermissionError(13, "Permission denied")
+        return open_file(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        with pytest.raises(DataError, match="unreadable"):
+            write_small_shards(pictures, tmp_path / "shards")
+    with write_small_shards(pictures, tmp_path / "shards") as shard_set:
+        assert shard_set.manifest.details["num_quarantined"] == 0
+
+
+def test_another_file_under_an_old_key_is_another_set(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        write_picture(tmp_path / f"{name}.bmp", seed)  # uncompressed: both have one size
+        os.utime(tmp_path / f"{name}.bmp", (1, 1))
+    listing = tmp_path / "listing.csv"
+    listing.write_text("path,key\na.bmp,k1\n")
+    source = Listing(ListingSettings(file=listing))
+    write_shards(source, tmp_path / "shards", SMALL_SHARDS)
+    listing.write_text("path,key\nb.bmp,k1\n")
+    with pytest.raises(ArtifactError, match="other pictures"):
+        write_shards(source, tmp_path / "shards", SMALL_SHARDS)
+
+
+def test_another_picture_of_the_same_tar_is_another_set(tmp_path):
+    for name, seed in (("left", 1), ("right", 2)):
+        write_picture(tmp_path / f"{name}.bmp", seed)
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "x.tar", "w") as archive:
+        for name in ("left", "right"):
+            archive.add(tmp_path / f"{name}.bmp", f"sample.{name}.bmp")
+
+    def source(file: str) -> WebDatasetTars:
+        return WebDatasetTars(folder=tmp_path / "tars", picture_file=file)
+
+    write_shards(source("left.bmp"), tmp_path / "shards", SMALL_SHARDS)
+    with pytest.raises(ArtifactError, match="other pictures"):
+        write_shards(source("right.bmp"), tmp_path / "shards", SMALL_SHARDS)
+
+
+def test_a_moved_source_is_still_the_same_set(pictures, tmp_path):
+    first = write_small_shards(pictures, tmp_path / "shards")
+    pictures.rename(tmp_path / "moved")
+    with first, write_small_shards(tmp_path / "moved", tmp_path / "shards") as again:
+        assert again.fingerprint == first.fingerprint

@@ -1,6 +1,8 @@
 """What the sources list, in which order, and what they refuse."""
 
 import csv
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -150,3 +152,34 @@ def test_a_link_back_to_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(DataError, match="listed already"):
         ClassFolders(ClassFoldersSettings(folder=tmp_path)).pictures()
+
+
+@pytest.mark.parametrize("depth", ["class", "class/deeper"])
+def test_a_folder_that_cannot_be_listed_is_an_error_not_a_missing_class(tmp_path, monkeypatch, depth):
+    for name in ("other", depth):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        draw_picture(0, 0).save(tmp_path / name / "x.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == tmp_path / depth:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot be listed: Permission denied"):
+        ClassFolders(ClassFoldersSettings(folder=tmp_path)).pictures()
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,path"])
+def test_a_listing_with_a_column_twice_is_refused(tmp_path, header):
+    (tmp_path / "listing.csv").write_text(f"{header}\n{',' * header.count(',')}\n")
+    with pytest.raises(DataError, match=r"listing\.csv cannot be read as a listing"):
+        Listing(ListingSettings(file=tmp_path / "listing.csv")).pictures()
+
+
+@pytest.mark.parametrize("labels", [[["a"], ["b"]], [{"x": 1}, {"x": 2}], [b"\xff", b"\xfe"]])
+def test_a_parquet_listing_whose_labels_are_no_text_is_refused(tmp_path, labels):
+    parquet.write_table(pyarrow.table({"path": ["a.png", "b.png"], "label": labels}), tmp_path / "listing.parquet")
+    with pytest.raises(DataError, match=r"listing\.parquet cannot be read as a listing"):
+        Listing(ListingSettings(file=tmp_path / "listing.parquet")).pictures()
