@@ -5,12 +5,13 @@ The retrieval protocol ignores the publisher's train and test halves: classes 1-
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from data_pipelines.sources import SourcePicture, files_below, safe_keys
 from data_pipelines.sources.data_set import DataSet, OfficialCount
 from data_pipelines.sources.list_files import read_rows
-from lookalike.errors import DataError, ResourceError
+from data_pipelines.sources.mat_files import read_mat
+from lookalike.errors import DataError
 
 _ANNOTATIONS = "cars_annos.mat"
 _NUM_TRAIN_CLASSES = 98
@@ -48,7 +49,7 @@ class Cars196(DataSet):
     def _in_one_folder(self) -> Iterator[tuple[str, int, str]]:
         """Path, number and name of the class of each picture."""
         file = self.root / _ANNOTATIONS
-        contents = _read_mat(file)
+        contents = read_mat(file)
         try:
             class_name = {number: str(name) for number, name in enumerate(contents["class_names"].ravel(), start=1)}
             for annotation in contents["annotations"].ravel():
@@ -69,16 +70,3 @@ class Cars196(DataSet):
                     raise DataError(f"{file}: class {number!r} of {name} is none of the {len(class_names)} names.")
                 path = place.get(name, folder / class_names[int(number) - 1].replace("/", "-") / name)
                 yield path.as_posix(), int(number), class_names[int(number) - 1]
-
-
-def _read_mat(file: Path) -> dict[str, Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ResourceError(f"reading {file} needs scipy. Install it: pip install 'lookalike[datasets]'.") from None
-    try:
-        contents: dict[str, Any] = loadmat(file, squeeze_me=True)
-    except Exception as error:
-        # The reader raises anything from TypeError to zlib.error on damaged files.
-        raise DataError(f"{file} cannot be read as a MATLAB file: {error}") from error
-    return contents

@@ -24,7 +24,7 @@ ALLOWED_IMPORTERS = {
     "torch.distributed": ("lookalike/collectives.py",),
     "timm": ("lookalike/encoder.py",),
     "typer": ("lookalike/console.py", "lookalike/doctor.py", *(f"{package}/__main__.py" for package in PACKAGES)),
-    "scipy": ("data_pipelines/sources/cars196.py",),
+    "scipy": ("data_pipelines/sources/mat_files.py",),
     "resvg_py": ("demo/emoji_pictures.py",),
     "fsspec": ("data_pipelines/shard_cache.py",),
     "imagehash": ("data_pipelines/near_duplicates.py",),

@@ -4,7 +4,6 @@ import gzip
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources import pixel_box
 from data_pipelines.sources.registry import DATA_SETS, open_data_set
-from lookalike.errors import DataError, ResourceError, SettingsError
+from lookalike.errors import DataError, SettingsError
 from tests.unit.data_pipelines import miniatures
 from tests.unit.data_pipelines.small_shards import SMALL_SHARDS, write_picture
 
@@ -403,13 +402,6 @@ def test_a_missing_archive_of_distractors_is_an_error(tmp_path):
     shutil.rmtree(root / "revisitop1m" / "jpg" / "7")
     with pytest.raises(DataError, match=r"4 of 300 listed .* Unpack all 100 archives"):
         open_data_set("r1m", root).pictures()
-
-
-def test_without_scipy_the_error_names_the_extra(tmp_path, monkeypatch):
-    root = miniatures.cars196(tmp_path)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ResourceError, match=r"pip install 'lookalike\[datasets\]'"):
-        open_data_set("cars196", root).pictures()
 
 
 def test_an_unknown_name_lists_the_known_ones_and_settings_are_checked(tmp_path):
