@@ -76,6 +76,18 @@ def decode_with_format(data: bytes, *, limits: DecodeLimits = _DEFAULT_LIMITS) -
         return _decoded(image), image_format
 
 
+def cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The part of the box (left, top, right, bottom) that lies in the picture; Pillow alone would paint the rest black.
+
+    Raises:
+        DecodeError: no part of it does.
+    """
+    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
+    if left >= right or top >= bottom:
+        raise DecodeError("absurd_size", f"the box {box} is outside the picture of {image.width} x {image.height}")
+    return image.crop((left, top, right, bottom))
+
+
 class CroppablePicture:
     """A picture that is decoded only as finely as a crop of it needs."""
 

@@ -23,7 +23,7 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
-from data_pipelines.decode import decode_with_format
+from data_pipelines.decode import cropped, decode_with_format
 from data_pipelines.settings import Reencode, ShardSettings
 from data_pipelines.shard_plan import PlannedShard, ShardPlan, plan_shards
 from data_pipelines.shard_set import (
@@ -242,7 +242,7 @@ def _stored_picture(picture: SourcePicture, settings: ShardSettings) -> _StoredP
     """Reads and decodes a picture once, to verify it and to learn its size."""
     data = _source_bytes(picture, max_bytes=settings.limits.max_bytes)
     whole, image_format = decode_with_format(data, limits=settings.limits)
-    image = whole if picture.box is None else _cropped(whole, picture.box)
+    image = whole if picture.box is None else cropped(whole, picture.box)
     if isinstance(settings.encoding, Reencode):
         # A crop shrinks as much as its whole picture would: things keep their size relative to other pictures.
         side = max(1, round(settings.encoding.max_side * max(image.size) / max(whole.size)))
@@ -262,14 +262,6 @@ def _source_bytes(picture: SourcePicture, *, max_bytes: int) -> bytes:
             return file.read(min(size, max_bytes + 1))
     except OSError as error:
         raise DecodeError(_UNREADABLE, f"the file cannot be read: {error.strerror}") from error
-
-
-def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """The part of the box that lies in the picture; Pillow alone would paint the rest black."""
-    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height)
-    if left >= right or top >= bottom:
-        raise DecodeError("absurd_size", f"the box {box} is outside the picture of {image.width} x {image.height}")
-    return image.crop((left, top, right, bottom))
 
 
 def _encoded(image: Image.Image, extension: str, **options: Any) -> _StoredPicture:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of a mean, by clusters of queries that err together."""
+"""Bootstrap intervals of means, by clusters of queries that err together."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,18 @@ def bootstrap_mean(
     seed: int = 0,
     num_resamples: int = _NUM_RESAMPLES,
 ) -> Estimate:
-    """Mean of `values` and its 95% percentile interval over resampled clusters.
+    """`bootstrap_means` of one metric."""
+    return bootstrap_means(values[:, None], clusters, seed=seed, num_resamples=num_resamples)[0]
+
+
+def bootstrap_means(
+    values: Float64[ndarray, "queries metrics"],
+    clusters: Int64[ndarray, "queries"],
+    *,
+    seed: int = 0,
+    num_resamples: int = _NUM_RESAMPLES,
+) -> list[Estimate]:
+    """Mean of each column and its 95% percentile interval over resampled clusters, the same ones for all columns.
 
     Queries of one class share gallery and look, so they err together: resampling single queries would give intervals
     that are too narrow. One cluster per query gives the plain bootstrap. NaN values leave mean and resamples.
@@ -33,21 +44,27 @@ def bootstrap_mean(
     Source: Davison, Hinkley 1997, "Bootstrap Methods and their Application", section 3.8 (cluster resampling) and 5.3.
 
     Raises:
-        ValueError: there is no value that is not NaN.
+        ValueError: a column has no value that is not NaN.
     """
-    counted = ~np.isnan(values)
-    if not counted.any():
+    is_known = ~np.isnan(values)
+    if not is_known.any(axis=0).all():
         raise ValueError("no query has a value: none has a relevant image")
-    _, members = np.unique(clusters[counted], return_inverse=True)
-    sums = np.bincount(members, weights=values[counted])
-    counts = np.bincount(members).astype(np.float64)
-    mean = float(sums.sum() / counts.sum())
-    if len(sums) == 1:
-        return Estimate(mean, np.nan, np.nan)
+    # A cluster without a known value in any column is none of the sample.
+    kept = is_known.any(axis=1)
+    _, members = np.unique(clusters[kept], return_inverse=True)
+    num_clusters = int(members.max()) + 1
+    sums, counts = np.zeros((num_clusters, values.shape[1])), np.zeros((num_clusters, values.shape[1]))
+    np.add.at(sums, members, np.where(is_known, values, 0.0)[kept])
+    np.add.at(counts, members, is_known[kept].astype(np.float64))
+    means = sums.sum(axis=0) / counts.sum(axis=0)
+    if num_clusters == 1:
+        return [Estimate(float(mean), np.nan, np.nan) for mean in means]
     generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
+    resampled = np.empty((num_resamples, values.shape[1]))
     for resample in range(num_resamples):
-        drawn = generator.integers(0, len(sums), len(sums))
-        means[resample] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(mean, float(low), float(high))
+        drawn = generator.integers(0, num_clusters, num_clusters)
+        times = np.bincount(drawn, minlength=num_clusters).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a resample without any known value of a metric says nothing of it
+            resampled[resample] = (times @ sums) / (times @ counts)
+    low, high = np.nanquantile(resampled, [0.025, 0.975], axis=0)
+    return [Estimate(*map(float, bounds)) for bounds in zip(means, low, high, strict=True)]

@@ -12,7 +12,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from lookalike.errors import DecodeError
-from serving.query_engine import PicturesUnavailableError, UnknownItemError, UnsearchableVectorError
+from serving.query_engine import (
+    PicturesUnavailableError,
+    UnknownItemError,
+    UnsearchableRegionError,
+    UnsearchableVectorError,
+)
 from serving.schemas import FieldError, ProblemDetails
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -43,6 +48,8 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "image.too_many_pixels": ProblemKind(413, "Scale the picture down; search needs far fewer pixels."),
     "image.absurd_size": ProblemKind(422, "Send a picture of more ordinary proportions."),
     "image.undecodable": ProblemKind(422, "Save the picture as JPEG, PNG or WebP and send that."),
+    "roi.empty": ProblemKind(422, "Send left, top, right, bottom, with right and bottom a pixel further or more."),
+    "roi.outside": ProblemKind(422, "Send a region of the picture as a viewer shows it, turned upright."),
     "item.unknown": ProblemKind(404, "Take an id from a search of this index version, or from GET /v1/items."),
     "pictures.unavailable": ProblemKind(404, "Start the server with --shards to show pictures."),
     "vector.wrong_dim": ProblemKind(422, "Send a vector of the encoder that /v1/info names; it also tells the length."),
@@ -114,6 +121,8 @@ def problem_of(error: Exception) -> Problem:
         case DecodeError(reason=reason):
             code = f"image.{reason}"
             return Problem(code if code in PROBLEM_KINDS else "image.undecodable", str(error))
+        case UnsearchableRegionError(reason=reason):
+            return Problem(f"roi.{reason}", str(error))
         case UnsearchableVectorError(reason=reason):
             return Problem(f"vector.{reason}", str(error))
         case UnknownItemError():
@@ -140,6 +149,7 @@ def add_problem_handlers(app: FastAPI) -> None:
         RequestValidationError,
         HTTPException,
         DecodeError,
+        UnsearchableRegionError,
         UnsearchableVectorError,
         UnknownItemError,
         PicturesUnavailableError,

@@ -20,13 +20,14 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 from PIL import Image
 
-from data_pipelines.decode import decode_image
+from data_pipelines.decode import cropped, decode_image
 from data_pipelines.shard_set import ShardSet
+from data_pipelines.sources import pixel_box
 from data_pipelines.transforms import EvaluationTransform
 from indexing.published_index import PublishedIndex
 from lookalike.artifacts import require_parent
 from lookalike.encoder import Encoder, embed_pixels
-from lookalike.errors import DataError, ResourceError
+from lookalike.errors import DataError, DecodeError, ResourceError
 from lookalike.native_libraries import num_cores
 from lookalike.records import SearchParameters
 
@@ -56,6 +57,14 @@ class UnsearchableVectorError(DataError):
     """A vector that no gallery vector can be compared with."""
 
     def __init__(self, reason: Literal["wrong_dim", "not_finite", "no_direction"], message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnsearchableRegionError(DataError):
+    """A region that holds nothing of its picture."""
+
+    def __init__(self, reason: Literal["empty", "outside"], message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
@@ -129,10 +138,22 @@ class QueryEngine:
         await self.search_by_picture(picture.getvalue(), SearchParameters())
         await self._run(self._workers, lambda: self.index.ids)
 
-    async def search_by_picture(self, picture: bytes, parameters: SearchParameters) -> Answer:
-        """Raises DecodeError where the bytes are not a picture that can be decoded."""
+    async def search_by_picture(
+        self, picture: bytes, parameters: SearchParameters, *, roi: Sequence[int | float] | None = None
+    ) -> Answer:
+        """Searches by a picture, or by the region `roi` of it alone, as if the shards held what the region shows.
+
+        Args:
+            roi: Left, top, right and bottom, finite, in pixels of the upright picture; rounded as `pixel_box` does, and
+                cut at the picture's edges.
+
+        Raises:
+            DecodeError: the bytes are not a picture that can be decoded.
+            UnsearchableRegionError: the region has no pixel, or none of the picture.
+        """
         stages = _Stages()
-        pixels = await self._run(self._workers, stages.timed("decode", self._decode), picture)
+        box = None if roi is None else _region_box(roi)
+        pixels = await self._run(self._workers, stages.timed("decode", self._decode), picture, box)
         vector = await self._run(self._encoder_worker, stages.timed("encode", self._encode), pixels)
         return await self._search(vector, parameters, stages)
 
@@ -191,8 +212,10 @@ class QueryEngine:
             timings_ms=stages.timings_ms(),
         )
 
-    def _decode(self, picture: bytes) -> UInt8[ndarray, "3 height width"]:
-        return self._transform(decode_image(picture))
+    def _decode(self, picture: bytes, box: tuple[int, int, int, int] | None) -> UInt8[ndarray, "3 height width"]:
+        # Whole and at full size also for a small region: shards store regions so, and pixels must be theirs.
+        image = decode_image(picture)
+        return self._transform(image if box is None else _region(image, box))
 
     def _encode(self, pixels: UInt8[ndarray, "3 height width"]) -> Float32[ndarray, "1 dim"]:
         return embed_pixels(self._encoder, torch.from_numpy(pixels)[None]).numpy()
@@ -269,6 +292,23 @@ def _open_shards(index: PublishedIndex, folder: Path | None) -> ShardSet | None:
     shards = ShardSet.open(folder)
     require_parent(index.folder, index.manifest, "shards", found=shards.fingerprint, parent=folder)
     return shards
+
+
+def _region_box(roi: Sequence[int | float]) -> tuple[int, int, int, int]:
+    try:
+        return pixel_box(roi)
+    except ValueError as error:
+        found = ", ".join(f"{corner:g}" for corner in roi)
+        raise UnsearchableRegionError("empty", f"the region {found} holds no pixel") from error
+
+
+def _region(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    try:
+        return cropped(image, box)
+    except DecodeError as error:
+        found = ", ".join(f"{corner:g}" for corner in box)
+        detail = f"the region {found} is outside the upright picture, {image.width} x {image.height} pixels"
+        raise UnsearchableRegionError("outside", detail) from error
 
 
 def _unit_vector(values: Sequence[float], *, dim: int) -> Float32[ndarray, "1 dim"]:

@@ -52,7 +52,7 @@ async def _read_json(body: bytes) -> SearchRequest:
     return await asyncio.to_thread(SearchRequest.model_validate_json, body, strict=True)
 
 
-async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str | bytes]:
+async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str | bytes | list[str]]:
     parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=_MOST_FORM_FIELDS)
     # Uploads stay in memory: by default Starlette writes what is longer than 1 MiB to a temporary file.
     parser.spool_max_size = limits.max_body_bytes
@@ -60,7 +60,7 @@ async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str |
         form = await parser.parse()
     except MultiPartException as error:
         raise Problem("request.malformed", f"the form cannot be read: {error.message}") from error
-    fields: dict[str, str | bytes] = {}
+    fields: dict[str, str | bytes | list[str]] = {}
     for name, value in form.multi_items():
         if name in fields:
             raise invalid_field(name, "given twice")
@@ -68,7 +68,11 @@ async def _read_form(request: Request, limits: ServingLimits) -> dict[str, str |
             raise invalid_field(name, f"there is no such field; a form has {', '.join(SearchForm.model_fields)}")
         if isinstance(value, UploadFile) != (name == "image"):
             raise invalid_field(name, "must be a file" if name == "image" else "must not be a file")
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
+        if isinstance(value, UploadFile):
+            fields[name] = await value.read()
+        else:
+            # One part too many is enough to be refused, whatever else follows.
+            fields[name] = value.split(",", 4) if name == "roi" else value
     await form.close()
     if "image" not in fields:
         raise invalid_field("image", "a form needs a picture file under this name")

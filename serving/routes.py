@@ -36,6 +36,7 @@ _SEARCH_BODY = {
             "examples": {
                 "by a picture of the index": {"value": {"id": 0, "k": 5}},
                 "by any picture": {"value": {"image": EXAMPLE_PICTURE, "k": 5, "exact": True}},
+                "by a region of any picture": {"value": {"image": EXAMPLE_PICTURE, "roi": [2, 2, 14, 12.5], "k": 5}},
                 "by a vector": {"value": {"vector": [0.6, -0.8], "k": 5}},
             },
         },
@@ -77,17 +78,19 @@ health = APIRouter(tags=["health"], responses=problem_responses("host.not_allowe
         "image.truncated",
         "image.absurd_size",
         "image.undecodable",
+        "roi.empty",
+        "roi.outside",
         "vector.wrong_dim",
         "vector.not_finite",
         "vector.no_direction",
     ),
 )
 async def search(request: Request, engine: Engine, limits: Limits) -> SearchAnswer:
-    """The nearest pictures to a picture, a picture of the index, or a vector."""
+    """The nearest pictures to a picture or a region of it, a picture of the index, or a vector."""
     query = await read_search_request(request, limits)
     parameters = SearchParameters(k=query.k, exact=query.exact)
     if query.image is not None:
-        answer = await engine.search_by_picture(query.image, parameters)
+        answer = await engine.search_by_picture(query.image, parameters, roi=query.roi)
     elif query.vector is not None:
         answer = await engine.search_by_vector(query.vector, parameters)
     else:

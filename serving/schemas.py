@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, WithJsonSchema, model_validator
 
 from serving.settings import MOST_HITS
 
@@ -50,6 +50,8 @@ class SearchRequest(_Request):
     """A picture that is in the index."""
     vector: Annotated[list[float], Field(min_length=1, max_length=LONGEST_VECTOR)] | None = None
     """An embedding made by the index's encoder; it is scaled to unit length."""
+    roi: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)] | None = None
+    """With `image`: the region to search by; left, top, right, bottom in pixels of the upright picture, rounded."""
     k: Annotated[int, Field(ge=1, le=MOST_HITS)] = 10
     """Number of hits; the server's own limit may be lower, see `limits.max_k` of /v1/info."""
     exact: bool = False
@@ -64,6 +66,8 @@ class SearchRequest(_Request):
             raise ValueError(f"give exactly one of image, id and vector; found {' and '.join(given) or 'none'}")
         if self.include_self and self.id is None:
             raise ValueError("include_self has a meaning only with id")
+        if self.roi is not None and self.image is None:
+            raise ValueError("roi has a meaning only with image")
         return self
 
 
@@ -72,6 +76,8 @@ class SearchForm(_Request):
 
     image: Annotated[bytes, WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"})]
     """A picture file."""
+    roi: Annotated[str, Field(examples=["16,8,80,64.5"])] | None = None
+    """The region to search by: left,top,right,bottom in pixels of the upright picture, rounded."""
     k: Annotated[int, Field(ge=1, le=MOST_HITS)] = 10
     """Number of hits; the server's own limit may be lower, see `limits.max_k` of /v1/info."""
     exact: bool = False

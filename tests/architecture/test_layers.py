@@ -29,7 +29,8 @@ ALLOWED_IMPORTERS = {
     "fsspec": ("data_pipelines/shard_cache.py",),
     "imagehash": ("data_pipelines/near_duplicates.py",),
     "simplejpeg": ("data_pipelines/fast_jpeg.py",),
-    "tenacity": ("data_pipelines/shard_cache.py",),
+    "tenacity": ("data_pipelines/shard_cache.py", "lookalike/api_client.py"),
+    "httpx2": ("lookalike/api_client.py",),
 }
 
 

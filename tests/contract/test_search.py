@@ -1,13 +1,15 @@
 """One list of cases over every way to search: each must answer as a full sort in float64 would.
 
 Ways: brute force by streaming, parts searched apart and merged, a flat and a partitioned FAISS index, a published
-index read from disk, and the HTTP API.
+index read from disk, the HTTP API, and that API's client.
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from indexing.embed import embed_shards
 from indexing.faiss_index import FaissSearcher, create_faiss_index
 from indexing.published_index import PublishedIndex
 from indexing.settings import IndexSettings
+from lookalike.api_client import ApiProblem, AsyncApiClient, SearchAnswer
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.exact_search import exact_search, merge_hits
@@ -33,7 +36,7 @@ from serving.settings import ServingSettings
 from tests.drawn_pictures import draw_class_folders
 
 Search = Callable[[ndarray, int], SearchHits]
-WAYS = ("brute force", "merged parts", "Flat", "IVF2,Flat", "published index", "HTTP")
+WAYS = ("brute force", "merged parts", "Flat", "IVF2,Flat", "published index", "HTTP", "API client")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
                 "IVF2,Flat": _faiss("IVF2,Flat", vectors, ids),
                 "published index": _exact(PublishedIndex.open(folder / "index").search),
                 "HTTP": lambda queries, k: _http(client, queries, k),
+                "API client": lambda queries, k: _api_client(httpx2.ASGITransport(app), queries, k),
             },
         )
 
@@ -96,6 +100,22 @@ def _http(client: TestClient, queries: ndarray, k: int) -> SearchHits:
         if answer.status_code != 200:
             raise ValueError(answer.json()["detail"])
         rows.append([(hit["id"], hit["score"]) for hit in answer.json()["hits"]])
+    return _padded(rows, k)
+
+
+def _api_client(transport: httpx2.AsyncBaseTransport, queries: ndarray, k: int) -> SearchHits:
+    async def search_all() -> list[SearchAnswer]:
+        async with AsyncApiClient("http://localhost", transport=transport) as client:
+            return await asyncio.gather(*(client.search(vector=query, k=k, exact=True) for query in queries))
+
+    try:
+        answers = asyncio.run(search_all())
+    except ApiProblem as problem:
+        raise ValueError(problem.detail) from problem
+    return _padded([[(hit.id, hit.score) for hit in answer.hits] for answer in answers], k)
+
+
+def _padded(rows: list[list[tuple[int, float]]], k: int) -> SearchHits:
     ids = np.array([[identifier for identifier, _ in row] + [-1] * (k - len(row)) for row in rows])
     scores = np.array([[score for _, score in row] + [-np.inf] * (k - len(row)) for row in rows], np.float32)
     return SearchHits(ids=ids, scores=scores)

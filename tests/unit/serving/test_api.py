@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def test_a_picture_finds_what_brute_force_finds(
         assert ids == expected.ids[0].tolist()
         np.testing.assert_allclose(scores, expected.scores[0], atol=SCORE_TOLERANCE)
     assert answer.json()["hits"][0]["key"] == "ring/teal"
+
+
+def test_a_region_finds_what_its_own_picture_finds(client: TestClient, small_index: SmallIndex) -> None:
+    picture = (small_index.pictures / "ring" / "gold.jpg").read_bytes()
+    cut = io.BytesIO()
+    decode_image(picture).crop((12, 0, 88, 50)).save(cut, format="PNG")
+    expected = found(client.post("/v1/search", files={"image": cut.getvalue()}, data={"k": 5}))
+    whole = found(client.post("/v1/search", files={"image": picture}, data={"k": 5}))
+    assert whole != expected
+    # Halves are rounded to even, and what lies beyond the edges is cut off.
+    for left, top, right, bottom in ((12, 0, 88, 50), (12.5, -0.25, 87.5, 50.49), (11.6, -1e9, 88.4, 50)):
+        roi = f"{left},{top}, {right},{bottom}"
+        assert found(client.post("/v1/search", files={"image": picture}, data={"k": 5, "roi": roi})) == expected
+        assert search(client, image=base64.b64encode(picture).decode(), roi=[left, top, right, bottom], k=5) == expected
 
 
 def test_an_answer_says_what_searched_and_how_long_each_stage_took(client: TestClient, small_index: SmallIndex) -> None:

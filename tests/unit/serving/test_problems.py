@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from serving.app import create_app
 from serving.problems import PROBLEM_KINDS
@@ -28,6 +30,12 @@ def picture_bytes(*, side: int = 96) -> bytes:
 
 def form(**fields: Any) -> dict[str, Any]:
     return {"files": {"image": ("a.png", fields.pop("image", picture_bytes()))}, "data": fields}
+
+
+def region_json(roi: str) -> dict[str, Any]:
+    """Written by hand, because the client's own encoder refuses NaN."""
+    image = base64.b64encode(picture_bytes()).decode()
+    return {"content": f'{{"image": "{image}", "roi": {roi}}}', "headers": JSON}
 
 
 SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -68,6 +76,28 @@ SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
         400,
         "request.malformed",
     ),
+    "a region of three numbers": (region_json("[1, 2, 3]"), 422, "request.invalid"),
+    "a region of five numbers": (region_json("[1, 2, 3, 4, 5]"), 422, "request.invalid"),
+    "a region as text": (region_json('"1,2,3,4"'), 422, "request.invalid"),
+    "a region with NaN": (region_json("[NaN, 2, 3, 4]"), 422, "request.invalid"),
+    "a region with infinity": (region_json("[0, 0, Infinity, 4]"), 422, "request.invalid"),
+    "a region beyond floats": (region_json("[0, 0, 1e999, 4]"), 422, "request.invalid"),
+    "a region of long integers": (region_json(f"[0, 0, {10**400}, 4]"), 422, "request.invalid"),
+    "a region without picture": ({"json": {"id": 1, "roi": [0, 0, 9, 9]}}, 422, "request.invalid"),
+    "an empty region": (region_json("[5, 0, 5, 9]"), 422, "roi.empty"),
+    "a region turned round": (region_json("[9, 0, 5, 9]"), 422, "roi.empty"),
+    "a region within a pixel": (region_json("[0, 4.6, 9, 5.4]"), 422, "roi.empty"),
+    "a region beside the picture": (region_json("[96, 0, 120, 9]"), 422, "roi.outside"),
+    "a region above the picture": (region_json("[0, -9, 9, 0]"), 422, "roi.outside"),
+    "a region far away": (region_json("[1e308, 1e308, 1.5e308, 1.5e308]"), 422, "roi.outside"),
+    "three numbers in a form": (form(roi="1,2,3"), 422, "request.invalid"),
+    "commas in a form": (form(roi="," * 100_000), 422, "request.invalid"),
+    "words in a form": (form(roi="left,top,right,bottom"), 422, "request.invalid"),
+    "NaN in a form": (form(roi="0,0,nan,9"), 422, "request.invalid"),
+    "infinity in a form": (form(roi="0,0,inf,9"), 422, "request.invalid"),
+    "an empty region in a form": (form(roi="5,0,5,9"), 422, "roi.empty"),
+    "a region outside in a form": (form(roi="0,96.5,9,120"), 422, "roi.outside"),
+    "a region of a broken picture": (form(image=picture_bytes()[:-60], roi="0,0,9,9"), 422, "image.truncated"),
     "another type": ({"content": b"x", "headers": {"content-type": "image/png"}}, 415, "body.unsupported_type"),
     "no type": ({"content": b"x"}, 415, "body.unsupported_type"),
 }
@@ -104,6 +134,25 @@ def test_a_bad_search_is_a_problem(client: TestClient, case: str) -> None:
     check_problem(client.post("/v1/search", **request), status, code)
 
 
+def test_every_problem_of_a_search_is_in_the_openapi_document(client: TestClient) -> None:
+    responses = client.get("/openapi.json").json()["paths"]["/v1/search"]["post"]["responses"]
+    documented = {
+        (int(status), code)
+        for status, answer in responses.items()
+        for code in answer["content"].get("application/problem+json", {}).get("examples", {})
+    }
+    assert {(status, code) for _, status, code in SEARCHES.values()} <= documented
+
+
+def test_a_region_outside_is_told_the_size_of_the_upright_picture(client: TestClient) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    draw("disc", "teal").crop((0, 0, 60, 40)).save(file, format="JPEG", exif=exif)
+    answer = client.post("/v1/search", files={"image": file.getvalue()}, data={"roi": "40,0,60,40"})
+    assert "40 x 60" in check_problem(answer, 422, "roi.outside")["detail"]
+
+
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_bad_request_is_a_problem(client: TestClient, case: str) -> None:
     method, path, status, code = OTHERS[case]
@@ -128,6 +177,8 @@ def test_codes_and_statuses_never_change() -> None:
         "image.too_many_pixels": 413,
         "image.absurd_size": 422,
         "image.undecodable": 422,
+        "roi.empty": 422,
+        "roi.outside": 422,
         "item.unknown": 404,
         "pictures.unavailable": 404,
         "vector.wrong_dim": 422,
