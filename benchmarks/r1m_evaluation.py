@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy import ndarray
@@ -22,6 +23,7 @@ from lookalike.artifacts import versions
 
 NUM_QUERIES, NUM_DATABASE = 70, 4993
 ROWS_AT_A_TIME = 50_000
+Answer = TypeVar("Answer")
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
         file_mb = distractors.nbytes / 2**20
         print(f"{arguments.distractors:,} x {arguments.dim} float16 distractors, {file_mb:,.0f} MiB on disk")
         print(f"{'':<12} {'CPU s':>7} {'wall s':>7} {'mAP medium':>11} {'mAP hard':>9}")
-        counted = result.mean("medium", "map"), result.mean("hard", "map")
+        counted = result.sections["medium"].mean("map"), result.sections["hard"].mean("map")
         print(f"{'counting':<12} {cpu:7.2f} {wall:7.2f} {100 * counted[0]:11.5f} {100 * counted[1]:9.5f}")
         if not arguments.skip_sort:
             with PeakMemory() as sorting_memory:
@@ -95,7 +97,7 @@ def sort_everything(
     return float(np.mean(values["medium"])), float(np.mean(values["hard"]))
 
 
-def timed(work: Callable[[], object]) -> tuple[object, float, float]:
+def timed(work: Callable[[], Answer]) -> tuple[Answer, float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     result = work()
     return result, time.process_time() - cpu, time.perf_counter() - wall

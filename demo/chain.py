@@ -22,7 +22,7 @@ from data_pipelines.shard_set import QUARANTINE_NAME, ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import GIVEN_SPLITS, ClassFolders
 from demo.emoji_pictures import ATTRIBUTION_FILE, fetch_vendor_packages, render_pictures
-from evaluation.run import evaluate_embedding_sets
+from evaluation.embedding_sets import evaluate_embedding_sets
 from indexing.build import build_index
 from indexing.embed import embed_shards
 from lookalike.encoder import Encoder, create_pretrained_encoder, load_encoder, save_encoder

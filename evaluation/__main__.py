@@ -1,17 +1,38 @@
-"""`lookalike evaluate`: embedding sets on the pictures' own classes, or anybody's descriptors on a benchmark."""
+"""`lookalike evaluate`: embedding sets, a benchmark from shards or through a server, anybody's descriptors."""
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import SettingsError
 
+if TYPE_CHECKING:
+    from evaluation.outputs import Outputs
+    from lookalike.world import World
+
 app = new_app("Measure retrieval quality.")
-_COMMANDS = ("leave-one-out", "descriptors", "compare")
+
+Ks = Annotated[str | None, typer.Option(help="The k of hit_rate@k and recall@k, comma-separated.")]
+Ties = Annotated[
+    Literal["index", "optimistic", "pessimistic"], typer.Option(help="Where pictures of equal score stand.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the numbers there; - prints them.")]
+Report = Annotated[Path | None, typer.Option(help="Folder for an HTML report, the numbers, and rows to quote.")]
+Previous = Annotated[
+    list[Path] | None, typer.Option(help="Earlier result of the same queries, to compare with; may be given again.")
+]
+GroundTruth = Annotated[Path | None, typer.Option(help="Official gnd_*.pkl, .mat or .json of Oxford or Paris.")]
+Solution = Annotated[Path | None, typer.Option(help="Official retrieval_solution_v2.1.csv of Google Landmarks.")]
+GallerySplit = Annotated[str | None, typer.Option(help="Split of the gallery, if not the benchmark's own.")]
+QuerySplit = Annotated[str | None, typer.Option(help="Split of the queries; classes: they search the gallery split.")]
+Depth = Annotated[int, typer.Option(min=1, help="Hits asked of an index or a server at most.")]
 
 
 @app.command()
@@ -23,20 +44,192 @@ def leave_one_out(
         Path | None, typer.Option(help="Rank the last embedding set by this index instead of by brute force.")
     ] = None,
     raw_pixels: Annotated[bool, typer.Option(help="Also show what comparing pixels would do.")] = False,
-    ks: Annotated[str, typer.Option(help="The k of R@k, comma-separated.")] = "1,5,10",
-    out: Annotated[Path | None, typer.Option(help="Folder for numbers, values per query and an HTML report.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ks: Ks = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for an HTML report, the numbers, and rows to quote.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let every picture search all others, and count how often pictures of its class come first."""
-    from evaluation.run import evaluate_embedding_sets
+    from evaluation.embedding_sets import evaluate_embedding_sets
 
     summary, lines = evaluate_embedding_sets(
-        embedding_sets, index_folder=index, with_raw_pixels=raw_pixels, ks=parse_ks(ks), out=out
+        embedding_sets, index_folder=index, with_raw_pixels=raw_pixels, ks=parse_ks(ks) or (1, 5, 10), out=out
     )
     print_result(summary, as_json=as_json, lines=lambda: lines)
 
 
-def parse_ks(text: str) -> tuple[int, ...]:
+@app.command()
+def run(
+    benchmark: Annotated[
+        str,
+        typer.Argument(help="sop, cars196, cub200, inat2018, vehicleid_800, classes, roxford5k, rparis6k, gldv2..."),
+    ],
+    shards: Annotated[Path, typer.Option(help="Shard set with the benchmark's splits, see `data write`.")],
+    out: Annotated[Path, typer.Option(help="Folder for embeddings, which a rerun goes on from, and numbers.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Run folder of a training, one of its checkpoints, or an encoder.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Instead: a timm model with its pretrained weights, or `lite0` from its package.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="With --pretrained: side of the pictures, in pixels.")] = 224,
+    index: Annotated[Path | None, typer.Option(help="Rank by this index instead of by brute force.")] = None,
+    depth: Depth = 10_000,
+    ground_truth: GroundTruth = None,
+    distractors: Annotated[
+        Path | None, typer.Option(help="Oxford, Paris: shard set of distractors, such as r1m.")
+    ] = None,
+    solution: Solution = None,
+    gallery_split: GallerySplit = None,
+    query_split: QuerySplit = None,
+    training_shards: Annotated[
+        Path | None, typer.Option(help="Shards that the encoder learned from: warns of classes and pictures in both.")
+    ] = None,
+    ks: Ks = None,
+    ties: Ties = "index",
+    report: Annotated[bool, typer.Option(help="Also write OUT/report with pictures of the failures.")] = True,
+    previous: Previous = None,
+    as_json: AsJson = False,
+) -> None:
+    """Embed a benchmark's pictures and judge the encoder, alone or under torchrun."""
+    from evaluation.benchmarks import find_benchmark
+    from evaluation.run import RunOptions, evaluate_run, open_encoder
+
+    if (checkpoint is None) == (pretrained is None):
+        raise SettingsError("give either --checkpoint or --pretrained.")
+    chosen = find_benchmark(benchmark, ks=parse_ks(ks), gallery_split=gallery_split, query_split=query_split)
+    options = RunOptions(out, ties, index, depth, ground_truth, distractors, solution, training_shards)
+    outputs = _outputs(out / "result.json", out / "report" if report else None, previous)
+    with _processes() as world:
+        from data_pipelines.shard_set import ShardSet
+
+        encoder = open_encoder(checkpoint, pretrained, image_size=image_size)
+        with ShardSet.open(shards) as shard_set:
+            tree, lines = evaluate_run(chosen, encoder, shard_set, options, outputs, world=world)
+        _print_from_first(world, tree, as_json=as_json, lines=lambda: lines)
+
+
+@app.command()
+def url(
+    address: Annotated[str, typer.Argument(help="Where the server's page is, such as http://127.0.0.1:8000/.")],
+    benchmark: Annotated[str, typer.Argument(help="As of `run`.")],
+    shards: Annotated[Path | None, typer.Option(help="Shard set that the server's index was made from.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Oxford, Paris: the official folder; whole pictures are sent with their region.")
+    ] = None,
+    ground_truth: GroundTruth = None,
+    solution: Solution = None,
+    gallery_split: GallerySplit = None,
+    query_split: QuerySplit = None,
+    exact: Annotated[bool, typer.Option(help="Let the server compare with every vector.")] = False,
+    depth: Depth = 10_000,
+    connections: Annotated[int, typer.Option(min=1, help="Queries under way at a time.")] = 4,
+    offline: Annotated[Path | None, typer.Option(help="Result computed offline: prints the difference.")] = None,
+    ks: Ks = None,
+    json_file: JsonFile = None,
+    report: Report = None,
+    previous: Previous = None,
+) -> None:
+    """Judge a running server by its own answers, over the same HTTP API that its users call."""
+    from evaluation.benchmarks import find_benchmark
+    from evaluation.url import UrlOptions, evaluate_url
+
+    chosen = find_benchmark(benchmark, ks=parse_ks(ks), gallery_split=gallery_split, query_split=query_split)
+    options = UrlOptions(address, shards, folder, ground_truth, solution, exact, depth, connections, offline)
+    tree, lines = evaluate_url(chosen, options, _outputs(_file(json_file), report, previous))
+    print_result(tree, as_json=_prints(json_file), lines=lambda: lines)
+
+
+@app.command()
+def descriptors(
+    benchmark: Annotated[
+        Literal["roxford5k", "rparis6k", "labels"], typer.Option(help="Whose protocol; `labels` is any with classes.")
+    ],
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries' vectors: .npy, .mat, embedding set or index; a row each.")
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="Likewise of the database, in the ground truth's order.")
+    ] = None,
+    ground_truth: GroundTruth = None,
+    distractors: Annotated[
+        list[Path] | None, typer.Option(help="Vectors of pictures relevant to nobody; may be given again.")
+    ] = None,
+    rankings: Annotated[
+        Path | None,
+        typer.Option(help="Instead of vectors: .npy of ranked rows per query, -1 where there are no more."),
+    ] = None,
+    num_distractors: Annotated[int, typer.Option(min=0, help="Distractors that --rankings were made among.")] = 0,
+    query_labels: Annotated[Path | None, typer.Option(help="labels: .npy of one whole number per row.")] = None,
+    database_labels: Annotated[Path | None, typer.Option(help="labels: likewise of the database.")] = None,
+    query_ids: Annotated[Path | None, typer.Option(help="labels: .npy of ids; one id is one picture.")] = None,
+    database_ids: Annotated[Path | None, typer.Option(help="labels: likewise of the database.")] = None,
+    protocol: Annotated[
+        Literal["leave-one-out", "random-gallery"],
+        typer.Option(help="labels without a database: all others are the gallery, or one random picture per class."),
+    ] = "leave-one-out",
+    num_seeds: Annotated[int, typer.Option(min=1, help="Of random-gallery.")] = 10,
+    nmi: Annotated[bool, typer.Option(help="labels: also the normalised mutual information.")] = False,
+    ties: Ties = "index",
+    ks: Ks = None,
+    json_file: JsonFile = None,
+    report: Report = None,
+    pictures: Annotated[Path | None, typer.Option(help="Folder of the official .jpg files, for the report.")] = None,
+    previous: Previous = None,
+) -> None:
+    """Judge vectors or rankings of any program, exact with millions of distractors, alone or under torchrun."""
+    given = {
+        "--queries": queries,
+        "--database": database,
+        "--ground-truth": ground_truth,
+        "--distractors": distractors,
+        "--rankings": rankings,
+        "--query-labels": query_labels,
+        "--database-labels": database_labels,
+        "--query-ids": query_ids,
+        "--database-ids": database_ids,
+        "--pictures": pictures,
+    }
+    outputs = _outputs(_file(json_file), report, previous)
+    if benchmark == "labels":
+        needed = ["--queries", "--query-labels", *(["--database-labels"] if database else [])]
+        used = [*needed, "--database", "--query-ids", *(["--database-ids"] if database else [])]
+        _require_options("labels", given, needed=needed, used=used)
+        evaluate = _labels(queries, query_labels, database, database_labels, query_ids, database_ids)
+        keywords: dict[str, Any] = {
+            "protocol": "query_gallery" if database else protocol.replace("-", "_"),
+            "ks": parse_ks(ks) or (1, 5, 10),
+            "num_seeds": num_seeds,
+            "with_nmi": nmi,
+        }
+    else:
+        needed = ["--ground-truth", *(["--rankings"] if rankings else ["--queries", "--database"])]
+        used = [*needed, *([] if rankings else ["--distractors", "--pictures"])]
+        _require_options(benchmark, given, needed=needed, used=used)
+        evaluate = _landmarks(
+            benchmark, ground_truth, queries, database, distractors, rankings, num_distractors, pictures
+        )
+        keywords = {}
+    with _processes() as world:
+        tree, lines = evaluate(outputs, ties=ties, world=world, **keywords)
+        _print_from_first(world, tree, as_json=_prints(json_file), lines=lambda: lines)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="JSON of a result, or the folder of a report.")],
+    after: Annotated[Path, typer.Argument(help="Likewise, of the same queries.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two results query by query: difference, 95% interval, wins and losses, and what is within noise."""
+    from evaluation.compare import compare as compare_results
+
+    tree, lines = compare_results(before, after)
+    print_result(tree, as_json=as_json, lines=lambda: lines)
+
+
+def parse_ks(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     try:
         ks = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
@@ -46,71 +239,89 @@ def parse_ks(text: str) -> tuple[int, ...]:
     return ks
 
 
-@app.command()
-def descriptors(
-    benchmark: Annotated[
-        Literal["roxford5k", "rparis6k", "labels"], typer.Option(help="Whose protocol; `labels` is leave-one-out.")
-    ],
-    queries: Annotated[Path, typer.Option(help=".npy of the queries' descriptors, rows of floats.")],
-    ground_truth: Annotated[Path | None, typer.Option(help="Official gnd_*.pkl or .json of the benchmark.")] = None,
-    database: Annotated[Path | None, typer.Option(help=".npy of the database, in the ground truth's order.")] = None,
-    distractors: Annotated[
-        list[Path] | None, typer.Option(help=".npy of pictures relevant to nobody; may be given again.")
-    ] = None,
-    query_labels: Annotated[Path | None, typer.Option(help="With `labels`: .npy of one whole number per row.")] = None,
-    ties: Annotated[
-        Literal["index", "optimistic", "pessimistic"],
-        typer.Option(help="Where pictures of equal score stand."),
-    ] = "index",
-    ks: Annotated[str, typer.Option(help="With `labels`: the k of R@k, comma-separated.")] = "1,5,10",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there; - prints them.")] = None,
-) -> None:
-    """Judge descriptors from any program by the official protocol, exact with millions of distractors."""
-    from evaluation.descriptors import evaluate_labelled_files, evaluate_revisited_files
+def _labels(
+    queries: Path | None,
+    query_labels: Path | None,
+    database: Path | None,
+    database_labels: Path | None,
+    query_ids: Path | None,
+    database_ids: Path | None,
+) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    from evaluation.descriptors import LabelFiles, evaluate_label_files
 
-    prints_json = json_file is not None and str(json_file) == "-"
-    out = None if prints_json else json_file
-    if benchmark == "labels":
-        _require_options(benchmark, needed={"--query-labels": query_labels}, unused={"--ground-truth": ground_truth})
-        assert query_labels is not None
-        tree, lines = evaluate_labelled_files(vectors=queries, labels=query_labels, ks=parse_ks(ks), out=out)
-    else:
-        needed = {"--ground-truth": ground_truth, "--database": database}
-        _require_options(benchmark, needed=needed, unused={"--query-labels": query_labels})
-        assert ground_truth is not None
-        assert database is not None
-        tree, lines = evaluate_revisited_files(
-            benchmark,
-            ground_truth=ground_truth,
-            queries=queries,
-            database=database,
-            distractors=distractors or [],
-            ties=ties,
-            out=out,
-        )
-    print_result(tree, as_json=prints_json, lines=lambda: lines)
+    assert queries is not None
+    assert query_labels is not None
+    files = LabelFiles(queries, query_labels, database, database_labels, query_ids, database_ids)
+    return lambda outputs, **keywords: evaluate_label_files(files, outputs, **keywords)
 
 
-@app.command()
-def compare(
-    before: Annotated[Path, typer.Argument(help="Folder of an evaluation, or the JSON of `evaluate descriptors`.")],
-    after: Annotated[Path, typer.Argument(help="Likewise, of the same queries.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Compare two results query by query: difference, 95% interval, wins and losses, and what is within noise."""
-    from evaluation.compare import compare as compare_results
+def _landmarks(
+    benchmark: Literal["roxford5k", "rparis6k"],
+    ground_truth: Path | None,
+    queries: Path | None,
+    database: Path | None,
+    distractors: Sequence[Path] | None,
+    rankings: Path | None,
+    num_distractors: int,
+    pictures: Path | None,
+) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    from evaluation.descriptors import LandmarkFiles, evaluate_landmark_files
 
-    tree, lines = compare_results(before, after)
-    print_result(tree, as_json=as_json, lines=lambda: lines)
+    assert ground_truth is not None
+    files = LandmarkFiles(
+        ground_truth, queries, database, tuple(distractors or ()), rankings, num_distractors, pictures
+    )
+    return lambda outputs, **keywords: evaluate_landmark_files(benchmark, files, outputs, **keywords)
 
 
-def _require_options(benchmark: str, *, needed: dict[str, Path | None], unused: dict[str, Path | None]) -> None:
-    for option, value in needed.items():
-        if value is None:
+def _require_options(benchmark: str, given: dict[str, Any], *, needed: Sequence[str], used: Sequence[str]) -> None:
+    for option in needed:
+        if given[option] is None:
             raise SettingsError(f"--benchmark {benchmark} needs {option}.")
-    for option, value in unused.items():
-        if value is not None:
-            raise SettingsError(f"--benchmark {benchmark} does not use {option}.")
+    for option, value in given.items():
+        if value and option not in used:
+            raise SettingsError(f"--benchmark {benchmark} does not use {option} here.")
+
+
+def _outputs(json_file: Path | None, report: Path | None, previous: list[Path] | None) -> "Outputs":
+    from evaluation.outputs import Outputs
+
+    return Outputs(json_file, report, tuple(previous or ()), _command())
+
+
+def _command() -> str:
+    """As it was typed, for whoever wants the result again."""
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["evaluate"] else sys.argv[1:]
+    return shlex.join(["lookalike", "evaluate", *arguments])
+
+
+def _file(json_file: Path | None) -> Path | None:
+    return None if _prints(json_file) else json_file
+
+
+def _prints(json_file: Path | None) -> bool:
+    return json_file is not None and str(json_file) == "-"
+
+
+@contextmanager
+def _processes() -> "Iterator[World]":
+    """This process's place among those of torchrun, and its share of the cores."""
+    from lookalike.collectives import process_group
+    from lookalike.native_libraries import load_torch, num_cores
+    from lookalike.world import World
+
+    world = World.detect()
+    load_torch(num_threads=world.share_of_cores(num_cores()))
+    with process_group(world):
+        yield world
+
+
+def _print_from_first(world: "World", tree: dict[str, Any], **options: Any) -> None:
+    if world.is_first:
+        print_result(tree, **options)
+
+
+_COMMANDS = ("leave-one-out", "run", "url", "descriptors", "compare")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m evaluation") -> None:

@@ -7,6 +7,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 _NUM_RESAMPLES = 2000
+_DRAWS_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,14 @@ def bootstrap_means(
     if num_clusters == 1:
         return [Estimate(float(mean), np.nan, np.nan) for mean in means]
     generator = np.random.default_rng(seed)
-    resampled = np.empty((num_resamples, values.shape[1]))
-    for resample in range(num_resamples):
-        drawn = generator.integers(0, num_clusters, num_clusters)
-        times = np.bincount(drawn, minlength=num_clusters).astype(np.float64)
+    resampled = []
+    at_a_time = max(1, _DRAWS_AT_A_TIME // num_clusters)
+    for start in range(0, num_resamples, at_a_time):
+        num_rows = min(at_a_time, num_resamples - start)
+        drawn = generator.integers(0, num_clusters, (num_rows, num_clusters))
+        drawn += num_clusters * np.arange(num_rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=num_rows * num_clusters).reshape(num_rows, num_clusters)
         with np.errstate(invalid="ignore"):  # a resample without any known value of a metric says nothing of it
-            resampled[resample] = (times @ sums) / (times @ counts)
-    low, high = np.nanquantile(resampled, [0.025, 0.975], axis=0)
+            resampled.append((times @ sums) / (times @ counts))
+    low, high = np.nanquantile(np.concatenate(resampled), [0.025, 0.975], axis=0)
     return [Estimate(*map(float, bounds)) for bounds in zip(means, low, high, strict=True)]

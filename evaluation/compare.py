@@ -1,107 +1,118 @@
-"""Two evaluations of the same queries, compared query by query: what `lookalike evaluate compare` prints."""
+"""Two results of the same queries, compared query by query: what `lookalike evaluate compare` prints."""
 
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from jaxtyping import Float64, Int64
-from numpy import ndarray
 
-from evaluation.bootstrap import bootstrap_mean
-from evaluation.report import EVALUATION_KIND, EVALUATION_VERSION, PER_QUERY_NAME
-from evaluation.revisited.ground_truth import SETUPS
-from lookalike.artifacts import read_manifest
+from evaluation.bootstrap import bootstrap_means
+from evaluation.result import Result, Section, read_result
 from lookalike.errors import DataError, ManifestMismatch
 
+RESULT_NAME = "result.json"
+_ROUNDING = 1e-12
 
-@dataclass(frozen=True)
-class PerQueryValues:
-    """Values of every query under several metrics; NaN where a query has none."""
 
-    ground_truth: str  # fingerprint
-    clusters: Int64[ndarray, "queries"]  # queries that err together
-    values: dict[str, Float64[ndarray, "queries"]]  # metric -> values, in the order of the queries' names
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of one metric over the queries that both results have a value for; in percent."""
+
+    before: float
+    after: float
+    difference: float  # after - before
+    low: float  # of its 95% interval over clusters of queries
+    high: float
+    wins: int  # queries that got better
+    losses: int
+
+    @property
+    def is_within_noise(self) -> bool:
+        """Whether the interval reaches 0, or is not known."""
+        return not (self.low > 0 or self.high < 0)
+
+
+def open_result(path: Path) -> Result:
+    """The JSON of a result, or that in the folder of a report.
+
+    Raises:
+        DataError: `path` is neither.
+    """
+    return read_result(path / RESULT_NAME if path.is_dir() else path)
+
+
+def differences(before: Section, after: Section) -> dict[str, Difference]:
+    """Of each metric that both have, paired by query.
+
+    Raises:
+        ManifestMismatch: the queries are not the same.
+    """
+    if before.query_names != after.query_names:
+        raise ManifestMismatch(
+            f"one result has {len(before.query_names)} queries, the other {len(after.query_names)}, and their names "
+            "differ; only values of the same queries can be paired."
+        )
+    found = {}
+    for name in (name for name in before.per_query if name in after.per_query):
+        both = ~np.isnan(before.per_query[name]) & ~np.isnan(after.per_query[name])
+        if not both.any():
+            continue
+        first, second = before.per_query[name][both], after.per_query[name][both]
+        # A value that went through JSON in percent may differ by a rounding.
+        second = np.where(np.isclose(first, second, rtol=0, atol=_ROUNDING), first, second)
+        estimate = bootstrap_means((second - first)[:, None], after.clusters[both])[0]
+        found[name] = Difference(
+            before=100 * float(first.mean()),
+            after=100 * float(second.mean()),
+            difference=100 * estimate.mean,
+            low=100 * estimate.low,
+            high=100 * estimate.high,
+            wins=int((second > first).sum()),
+            losses=int((second < first).sum()),
+        )
+    return found
+
+
+def compare_results(before: Result, after: Result) -> dict[str, dict[str, Difference]]:
+    """Section -> metric -> difference, for all that both results have.
+
+    Raises:
+        ManifestMismatch: they are of different benchmarks, ground truth or queries.
+        DataError: they have nothing in common.
+    """
+    for name, own, other in (
+        ("benchmark", before.benchmark, after.benchmark),
+        ("ground truth", before.record.get("ground_truth"), after.record.get("ground_truth")),
+    ):
+        if own != other:
+            raise ManifestMismatch(
+                f"the results are of different {name}: {own} and {other}; only the same queries can be paired."
+            )
+    common = [name for name in before.sections if name in after.sections]
+    if not common:
+        raise DataError(f"the results share no section: {list(before.sections)} and {list(after.sections)}.")
+    return {name: differences(before.sections[name], after.sections[name]) for name in common}
 
 
 def compare(before: Path, after: Path) -> tuple[dict[str, Any], list[str]]:
-    """The paired difference `after - before` of each common metric, with its 95% interval, wins and losses.
-
-    Args:
-        before: The folder of an evaluation (its last contender counts), or the JSON file of `evaluate descriptors`.
-        after: Likewise, of the same queries.
-
-    Raises:
-        ManifestMismatch: they were measured on different ground truth.
-        DataError: a file is something else.
-    """
-    first, second = read_per_query(before), read_per_query(after)
-    if first.ground_truth != second.ground_truth:
-        raise ManifestMismatch(
-            f"{before} was measured on ground truth {first.ground_truth[:12]}, {after} on {second.ground_truth[:12]}; "
-            "only values of the same queries can be paired."
-        )
-    metrics = {}
-    for name in [name for name in first.values if name in second.values]:
-        difference = second.values[name] - first.values[name]
-        counted = difference[~np.isnan(difference)]
-        estimate = bootstrap_mean(difference, first.clusters)
-        metrics[name] = {
-            "before": float(np.nanmean(first.values[name])),
-            "after": float(np.nanmean(second.values[name])),
-            "difference": estimate.mean,
-            "low": estimate.low,
-            "high": estimate.high,
-            "wins": int((counted > 0).sum()),
-            "losses": int((counted < 0).sum()),
-            "is_within_noise": not (estimate.low > 0 or estimate.high < 0),
-        }
-    return {"before": str(before), "after": str(after), "metrics": metrics}, _lines(metrics)
+    """`compare_results` of two files or folders, as JSON and as lines of text."""
+    found = compare_results(open_result(before), open_result(after))
+    tree = {
+        section: {name: {**asdict(own), "is_within_noise": own.is_within_noise} for name, own in metrics.items()}
+        for section, metrics in found.items()
+    }
+    lines = [line for section, metrics in found.items() for line in difference_lines(section, metrics)]
+    return {"before": str(before), "after": str(after), "sections": tree}, lines
 
 
-def read_per_query(path: Path) -> PerQueryValues:
-    """Raises DataError or ArtifactError where `path` is neither kind of result."""
-    return _of_folder(path) if path.is_dir() else _of_descriptors(path)
-
-
-def _of_folder(folder: Path) -> PerQueryValues:
-    manifest = read_manifest(folder, kind=EVALUATION_KIND, newest_version=EVALUATION_VERSION)
-    table = pq.read_table(folder / PER_QUERY_NAME)
-    last = table["contender"][-1]
-    table = table.filter(pc.equal(table["contender"], last)).sort_by("query_id")
-    metrics = [name for name in table.column_names if name not in ("contender", "query_id", "label")]
-    return PerQueryValues(
-        ground_truth=manifest.details["ground_truth"],
-        clusters=table["label"].to_numpy(),
-        values={name: table[name].to_numpy() for name in metrics},
-    )
-
-
-def _of_descriptors(file: Path) -> PerQueryValues:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        queries = sorted(tree[SETUPS[0]]["aps"])
-        values = {
-            f"mAP {setup}": np.array([_fraction(tree[setup]["aps"][query]) for query in queries]) for setup in SETUPS
-        }
-        ground_truth = str(tree["record"]["ground_truth_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not a result of `lookalike evaluate descriptors`: {error!r}.") from error
-    return PerQueryValues(ground_truth, np.arange(len(queries)), values)
-
-
-def _fraction(percent: float | None) -> float:
-    return float("nan") if percent is None else percent / 100
-
-
-def _lines(metrics: dict[str, dict[str, Any]]) -> list[str]:
-    width = max(map(len, metrics), default=0)
+def difference_lines(section: str, metrics: dict[str, Difference], *, only: Sequence[str] | None = None) -> list[str]:
+    """A line per metric: values, difference with its interval, wins and losses, and whether it is within noise."""
+    shown = {f"{section} {name}": own for name, own in metrics.items() if only is None or name in only}
+    width = max(map(len, shown), default=0)
     return [
-        f"{name:<{width}}  {m['before']:.4f} -> {m['after']:.4f}  {m['difference']:+.4f} "
-        f"[{m['low']:+.4f}, {m['high']:+.4f}]  {m['wins']} won, {m['losses']} lost"
-        + ("  within noise" if m["is_within_noise"] else "")
-        for name, m in metrics.items()
+        f"{name:<{width}}  {own.before:6.2f} -> {own.after:6.2f}  {own.difference:+.2f} "
+        f"[{own.low:+.2f}, {own.high:+.2f}]  {own.wins:,} won, {own.losses:,} lost"
+        + ("  within noise" if own.is_within_noise else "")
+        for name, own in shown.items()
     ]

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
+RECALL_LEVELS: Float64[ndarray, "levels"] = np.linspace(0, 1, 21)  # where precision-recall curves are drawn
+
 # Ascending positions from 0 of all relevant pictures, ignored ones taken out of the ranking -> a value in [0, 1]; NaN
 # where nothing is relevant.
 Metric = Callable[[Int64[ndarray, "relevant"]], float]
@@ -103,6 +105,22 @@ def landmark_metrics(ks: Sequence[int]) -> dict[str, Metric]:
     for k in ks:
         metrics |= {f"mp@{k}": partial(landmark_precision_at_k, k=k), f"mr@{k}": partial(recall_at_k, k=k)}
     return metrics
+
+
+def precision_at_recall(positions: Int64[ndarray, "relevant"], levels: Float64[ndarray, "levels"]) -> ndarray:
+    """Interpolated precision: the greatest precision at or beyond each level of recall; NaN where nothing is relevant.
+
+    Args:
+        levels: In [0, 1].
+
+    Source: Manning, Raghavan, Schütze 2008, "Introduction to Information Retrieval", section 8.4.
+    """
+    if not len(positions):
+        return np.full(len(levels), np.nan)
+    precision = np.arange(1, len(positions) + 1) / (positions + 1)
+    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    needed = np.ceil(levels * len(positions) - 1e-9).astype(np.int64)  # relevant ones that a level asks for
+    return best_from_here[np.maximum(needed, 1) - 1]
 
 
 def measure(

@@ -97,7 +97,7 @@ def _section_tree(section: Section) -> dict[str, Any]:
         **known,
         **dict.fromkeys(section.bounds, None),
         **section.facts,
-        "num_queries": _num_queries(section),
+        "num_queries": num_queries(section),
         "intervals": intervals,
         "bounds": {
             name: [_percent(mean_of_known(values[:, side])) for side in (0, 1)]
@@ -116,10 +116,18 @@ def _section_tree(section: Section) -> dict[str, Any]:
     return tree
 
 
-def _num_queries(section: Section) -> int:
-    """Those that have a value: a query without a relevant picture has none."""
+def num_queries(section: Section) -> int:
+    """Queries that have a value: one without a relevant picture has none."""
     columns = [*section.per_query.values(), *(values[:, 0] for values in section.bounds.values())]
     return int((~np.isnan(columns[0])).sum()) if columns else 0
+
+
+def summary_tree(result: Result) -> dict[str, Any]:
+    """`result_tree` without the values per query."""
+    tree = result_tree(result)
+    for name in result.sections:
+        tree[name] = {key: value for key, value in tree[name].items() if key not in _PER_QUERY_KEYS}
+    return tree
 
 
 def write_result(file: Path, result: Result) -> None:
@@ -143,7 +151,8 @@ def read_result(file: Path) -> Result:
         raise DataError(f"{file} is not the result of an evaluation: {error!r}.") from error
 
 
-_SECTION_KEYS = ("num_queries", "intervals", "bounds", "queries", "clusters", "per_query", "per_query_bounds", "aps")
+_PER_QUERY_KEYS = ("queries", "clusters", "per_query", "per_query_bounds", "aps")
+_SECTION_KEYS = ("num_queries", "intervals", "bounds", *_PER_QUERY_KEYS)
 
 
 def _read_section(tree: Mapping[str, Any]) -> Section:
@@ -181,8 +190,28 @@ def table_lines(result: Result) -> list[str]:
     for metric in metrics:
         cells = [cell(section, own, metric) for section, own in zip(sections, estimates, strict=True)]
         lines.append(" ".join([f"{metric:<{width}}", *(f"{text:>22}" for text in cells)]))
-    lines.append(" ".join([f"{'queries':<{width}}", *(f"{_num_queries(section):>22,}" for section in sections)]))
+    if all("tie_gap" in section.facts for section in sections):
+        lines.append(" ".join([f"{'tie gap':<{width}}", *(f"{_map_gap(section):>22.3f}" for section in sections)]))
+    lines.append(" ".join([f"{'queries':<{width}}", *(f"{num_queries(section):>22,}" for section in sections)]))
+    for name, section in result.sections.items():
+        numbers = {key: value for key, value in section.facts.items() if isinstance(value, int | float)}
+        told = [f"{key} {value:,.6g}" for key, value in numbers.items() if key != "tie_gap"]
+        lines += [f"{name}: {', '.join(told)}"] if told else []
+    if len(result.curve) > 1:
+        lines.append("map by number of distractors:")
+        lines += [
+            " ".join(
+                [f"{point.num_distractors:>{width},}", *(f"{100 * value:>22.2f}" for value in point.maps.values())]
+            )
+            for point in result.curve
+        ]
     return [*lines, *(f"warning: {warning}" for warning in result.warnings)]
+
+
+def _map_gap(section: Section) -> float:
+    """Percent between the optimistic and the pessimistic order of equal scores."""
+    gap = section.facts["tie_gap"]
+    return float(gap["map"] if isinstance(gap, Mapping) else gap)
 
 
 def cell(section: Section, estimates: Mapping[str, Estimate], metric: str) -> str:

@@ -1,128 +1,418 @@
-"""Embedding sets -> contenders -> numbers and report: what `lookalike evaluate` does."""
+"""An encoder and shards -> embeddings -> the numbers of a benchmark: what `lookalike evaluate run` does."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int64
+from numpy import ndarray
 
 from data_pipelines.shard_set import ShardSet
-from evaluation.leave_one_out import Ranker, evaluate_leave_one_out, without_query
-from evaluation.raw_pixels import raw_pixel_vectors
-from evaluation.report import (
-    REPORT_NAME,
-    Contender,
-    read_evaluation,
-    require_replaceable,
-    summarise,
-    table_lines,
-    write_evaluation,
+from evaluation.benchmarks import Benchmark, ClassBenchmark, ClassProtocol, LandmarkBenchmark, RetrievalBenchmark
+from evaluation.classes.given_rankings import judge_rankings, recall_against_exact
+from evaluation.classes.protocols import leave_one_out, query_gallery, random_gallery
+from evaluation.galleries import Pictures, ShardShelf
+from evaluation.gldv2.retrieval import score_retrieval
+from evaluation.gldv2.solutions import read_retrieval_solution
+from evaluation.gldv2.submissions import MAX_IMAGES, write_retrieval_submission
+from evaluation.outputs import Outputs, Shown, conclude
+from evaluation.pictures_of_shards import class_pictures, landmark_pictures
+from evaluation.protocols import (
+    CLASS_PROTOCOLS,
+    CROP,
+    LANDMARK_PROTOCOL,
+    NO_CROP,
+    RETRIEVAL_PROTOCOL,
+    places_in_truth,
+    require_official_size,
+    retrieval_sections,
 )
+from evaluation.record import Role, record_of_embeddings
+from evaluation.result import CurvePoint, Result, Section
+from evaluation.revisited.evaluate import evaluate_descriptors
+from evaluation.revisited.ground_truth import load_ground_truth
+from evaluation.revisited.nearest import nearest
+from evaluation.revisited.pictures import rows_in_shards
+from evaluation.revisited.rank_counts import TieRule
+from evaluation.revisited.rankings import evaluate_rankings
+from evaluation.validators import missing_pictures, norms, training_overlap
+from evaluation.vector_files import load_vector_parts, load_vectors
+from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.published_index import PublishedIndex
-from lookalike.artifacts import require_parent
-from lookalike.errors import ManifestMismatch
-from lookalike.records import SearchParameters
+from lookalike.artifacts import Manifest, file_sha256, fingerprint, require_parent
+from lookalike.encoder import Encoder, create_pretrained_encoder, load_encoder
+from lookalike.errors import DataError, ManifestMismatch, SettingsError
+from lookalike.exact_search import exact_search
+from lookalike.records import SearchHits, SearchParameters
+from lookalike.world import World
 
-# Changes whenever the same vectors would give other numbers: finished evaluations are then made anew.
-PROTOCOL_VERSION = 1
+_NUM_COMPARED = 100  # nearest neighbours by which an index is compared with exact search
+_QUERIES_AT_A_TIME = 1024
+
+logger = logging.getLogger(__name__)
 
 
-def evaluate_embedding_sets(
-    folders: Sequence[Path],
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What a benchmark is run with, beside the encoder and the shards."""
+
+    out: Path  # folder; embeddings are kept there, and a rerun goes on from them
+    ties: TieRule = "index"
+    index: Path | None = None  # ranks by this published index, not by brute force
+    depth: int = 10_000  # hits asked of an index at most
+    ground_truth: Path | None = None  # of Oxford and Paris
+    distractors: Path | None = None  # shard set of pictures that are relevant to nobody
+    solution: Path | None = None  # of Google Landmarks
+    training_shards: Path | None = None  # to warn of what was learned from
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The numbers of one benchmark, what they rest on, and how to show them."""
+
+    sections: Mapping[str, Section]
+    protocol: str
+    ground_truth: str  # checksum or fingerprint
+    crop: str = NO_CROP
+    curve: Sequence[CurvePoint] = ()
+    warnings: Sequence[str] = ()
+    expected: Mapping[Role, int] = field(default_factory=dict)
+    distractors: EmbeddingSet | None = None
+    search: SearchParameters | None = None  # how an index was asked
+    pictures: Callable[[], Pictures] = Pictures
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The pictures of one split with their vectors, by sample id."""
+
+    embeddings: EmbeddingSet
+    ids: Int64[ndarray, "pictures"]  # ascending
+    vectors: Float[ndarray, "pictures dim"]  # memory-mapped where possible
+    labels: Int64[ndarray, "pictures"]
+    names: list[str]
+
+    def take(self, ids: Int64[ndarray, "chosen"], *, what: str) -> Float[ndarray, "chosen dim"]:
+        """Vectors of some ids; raises DataError where pictures have none."""
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        is_missing = self.ids[places] != ids
+        if is_missing.any():
+            raise DataError(
+                f"{int(is_missing.sum())} {what} have no vector, first id {int(ids[is_missing][0])}; "
+                f"{self.embeddings.folder} lists why. The protocol needs every one of them."
+            )
+        return self.vectors[places]
+
+
+def evaluate_run(
+    benchmark: Benchmark,
+    encoder: Encoder,
+    shard_set: ShardSet,
+    options: RunOptions,
+    outputs: Outputs,
     *,
-    names: Sequence[str] | None = None,
-    index_folder: Path | None = None,
-    with_raw_pixels: bool = False,
-    ks: Sequence[int] = (1, 5, 10),
-    out: Path | None = None,
-    title: str = "Retrieval quality",
+    world: World = World(),
 ) -> tuple[dict[str, Any], list[str]]:
-    """Evaluates embedding sets of the same pictures and returns the numbers, as JSON and as lines of text.
-
-    Args:
-        names: Shown for each set; folder names where None.
-        index_folder: Ranks the last set by an index; its share of the exact neighbours is not measured here.
-        out: Where to publish numbers and report; nothing is written where None. An evaluation of the same sets with
-            the same settings that is there already is read instead.
+    """Embeds what the benchmark needs and judges it. All ranks work, the first one writes and returns the numbers.
 
     Raises:
-        ManifestMismatch: the sets hold different pictures, or the index was built from another set.
+        SettingsError: the benchmark needs an option that is missing, or has no use for one.
+        DataError, ArtifactError: shards, ground truth or index do not fit.
     """
-    if out:
-        require_replaceable(out)
-    sets = [EmbeddingSet.open(folder) for folder in folders]
-    with ShardSet.open(sets[-1].shards_folder) as shard_set:
-        for embeddings in sets:
-            require_parent(
-                embeddings.folder, embeddings.manifest, "shards", found=shard_set.fingerprint, parent=shard_set.folder
-            )
-            if not np.array_equal(embeddings.ids, sets[-1].ids):
-                raise ManifestMismatch(
-                    f"{embeddings.folder} and {sets[-1].folder} hold different pictures; a comparison needs the same. "
-                    "Embed both with the same --split."
+    _require_options(benchmark, options)
+    outputs.check()
+    gallery = _embed(encoder, shard_set, benchmark.gallery_split, options, world)
+    queries = _embed(encoder, shard_set, benchmark.query_split, options, world) if benchmark.query_split else None
+    index = _open_index(options.index, shard_set, gallery) if options.index else None
+    judge = _Judge(encoder, shard_set, gallery, queries or gallery, index, options, world)
+    match benchmark:
+        case ClassBenchmark():
+            judged = judge.classes(benchmark)
+        case LandmarkBenchmark():
+            judged = judge.landmarks(benchmark)
+        case RetrievalBenchmark():
+            judged = judge.retrieval()
+    if not world.is_first:
+        return {}, []
+    result = _result(benchmark, judge, judged, has_queries=queries is not None)
+    shown = Shown(judged.pictures, {"shards": shard_set.fingerprint, "encoder": encoder.fingerprint})
+    return conclude(
+        result,
+        outputs,
+        name=f"encoder {encoder.fingerprint[:8]}",
+        title=f"Retrieval quality: {benchmark.name}",
+        shown=shown,
+    )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Embedded pictures and whatever ranks them."""
+
+    encoder: Encoder
+    shard_set: ShardSet
+    gallery: Embedded
+    queries: Embedded  # the gallery itself where the benchmark has no others
+    index: PublishedIndex | None
+    options: RunOptions
+    world: World
+
+    def classes(self, benchmark: ClassBenchmark) -> Judged:
+        sections: dict[str, Section] = {}
+        warnings: list[str] = []
+        search = None
+        for protocol in benchmark.protocols:
+            if self.index is None:
+                sections[protocol] = self._exact_section(benchmark, protocol)
+            elif protocol == "random_gallery":
+                warnings.append("random_gallery was left out: its galleries are parts of what the index holds.")
+            else:
+                sections[protocol], search = self._section_by_index(self.index, benchmark)
+        if self.options.training_shards:
+            with ShardSet.open(self.options.training_shards) as training:
+                warnings += training_overlap(
+                    training,
+                    self.shard_set,
+                    training_split="train" if "train" in training.splits else None,
+                    split=benchmark.gallery_split,
                 )
-        names = list(names or _distinct_names(folders))
-        index = _open_index(sets[-1], index_folder) if index_folder else None
-        parents = {"shards": shard_set.fingerprint, **{f"embeddings {i}": e.fingerprint for i, e in enumerate(sets)}}
-        if index:
-            parents["index"] = index.fingerprint
-        settings = {
-            "protocol_version": PROTOCOL_VERSION,
-            "names": names,
-            "ks": list(ks),
-            "with_raw_pixels": with_raw_pixels,
-            "title": title,
-        }
-        finished = read_evaluation(out, parents=parents, settings=settings) if out else None
-        if out and finished:
-            return finished, [*table_lines(finished), f"report: {out / REPORT_NAME}"]
-        contenders = []
-        if with_raw_pixels:
-            contenders.append(_raw_pixels(shard_set, sets[-1], ks))
-        for name, embeddings in zip(names, sets, strict=True):
-            rank = _index_ranker(index) if index and embeddings is sets[-1] else None
-            result = evaluate_leave_one_out(
-                embeddings.vectors(), embeddings.ids, shard_set.labels[embeddings.ids], ks=ks, rank=rank
-            )
-            provenance = {
-                "encoder": embeddings.manifest.details["encoder_fingerprint"][:12],
-                "transform": embeddings.manifest.details["transform_fingerprint"][:12],
-                "skipped": embeddings.manifest.details["num_skipped"],
-                "ranked by": str(index_folder) if rank else "brute force",
-            }
-            contenders.append(Contender(name, result, provenance))
-        if out is None:
-            summary = summarise(contenders)
-            return summary, table_lines(summary)
-        options = ["--raw-pixels"] * with_raw_pixels + [f"--index {index_folder}"] * bool(index_folder)
-        command = " ".join(["lookalike evaluate", *map(str, folders), *options, f"--ks {','.join(map(str, ks))}"])
-        summary = write_evaluation(
-            out, contenders, shard_set, parents=parents, settings=settings, title=title, command=command
+        return Judged(
+            sections,
+            protocol="; ".join(text for name, text in CLASS_PROTOCOLS.items() if name in sections),
+            ground_truth=fingerprint([self.shard_set.fingerprint, benchmark.gallery_split, benchmark.query_split]),
+            warnings=warnings,
+            search=search,
+            pictures=lambda: class_pictures(*next(iter(sections.items())), self.shard_set, self.queries, self.gallery),
         )
-        return summary, [*table_lines(summary), f"report: {out / REPORT_NAME}"]
+
+    def _exact_section(self, benchmark: ClassBenchmark, protocol: ClassProtocol) -> Section:
+        gallery, queries = self.gallery, self.queries
+        if protocol == "query_gallery":
+            return query_gallery(
+                queries.vectors,
+                queries.ids,
+                queries.labels,
+                gallery.vectors,
+                gallery.ids,
+                gallery.labels,
+                ks=benchmark.ks,
+                ties=self.options.ties,
+                names=queries.names,
+                world=self.world,
+            )
+        judge = leave_one_out if protocol == "leave_one_out" else random_gallery
+        return judge(
+            gallery.vectors,
+            gallery.ids,
+            gallery.labels,
+            ks=benchmark.ks,
+            ties=self.options.ties,
+            names=gallery.names,
+            world=self.world,
+        )
+
+    def _section_by_index(self, index: PublishedIndex, benchmark: ClassBenchmark) -> tuple[Section, SearchParameters]:
+        largest_class = int(np.unique(self.gallery.labels, return_counts=True)[1].max())
+        # One more, since the query itself may be among the hits.
+        depth = 1 + max(*benchmark.ks, min(largest_class, self.options.depth))
+        search = SearchParameters(k=min(depth, index.num_vectors))
+        hits = index.search(_float32(self.queries.vectors), search)
+        section = judge_rankings(
+            hits.ids,
+            self.queries.ids,
+            self.queries.labels,
+            self.gallery.ids,
+            self.gallery.labels,
+            ks=benchmark.ks,
+            names=self.queries.names,
+        )
+        return replace(section, facts={**section.facts, **self._recall_of(hits, self.queries.vectors)}), search
+
+    def landmarks(self, benchmark: LandmarkBenchmark) -> Judged:
+        assert self.options.ground_truth is not None
+        truth = load_ground_truth(self.options.ground_truth)
+        require_official_size(truth, benchmark, self.options.ground_truth)
+        rows = rows_in_shards(truth.database_names, self.shard_set, split=benchmark.gallery_split)
+        database = self.gallery.take(rows, what="database pictures")
+        query_rows = rows_in_shards(truth.query_names, self.shard_set, split=benchmark.query_split)
+        queries = self.queries.take(query_rows, what="queries")
+        distractors = self._distractors()
+        parts = load_vector_parts(distractors.folder) if distractors else []
+        search = None
+        if self.index is None:
+            outcome = evaluate_descriptors(
+                queries,
+                database,
+                truth,
+                distractors=parts,
+                ties=self.options.ties,
+                progress_file=self.options.out / "distractors.progress.npz",
+                world=self.world,
+            )
+            sections: dict[str, Section] = {str(name): section for name, section in outcome.sections.items()}
+        else:
+            search = SearchParameters(k=min(self.options.depth, self.index.num_vectors))
+            hits = self.index.search(_float32(queries), search)
+            places = places_in_truth(hits.ids, rows, num_database=len(truth.database_names))
+            outcome = evaluate_rankings(places, truth, num_distractors=self.index.num_vectors - len(rows))
+            recall = self._recall_of(hits, queries)
+            sections = {
+                name: replace(section, facts={**section.facts, **recall}) for name, section in outcome.sections.items()
+            }
+        shelf = ShardShelf(self.shard_set, rows)
+        return Judged(
+            sections,
+            protocol=LANDMARK_PROTOCOL,
+            ground_truth=truth.sha256,
+            crop=CROP,
+            curve=outcome.curve,
+            expected={"queries": len(truth.query_names), "gallery": benchmark.num_database},
+            distractors=distractors,
+            search=search,
+            pictures=lambda: landmark_pictures(
+                sections,
+                truth,
+                nearest(queries, database, parts, k=_NUM_COMPARED),
+                gallery_shelf=shelf,
+                query_shelf=ShardShelf(self.shard_set, query_rows),
+            ),
+        )
+
+    def retrieval(self) -> Judged:
+        names = np.array([name.rpartition("/")[2] for name in self.queries.names])
+        image_names = np.array([name.rpartition("/")[2] for name in self.gallery.names])
+        solution = read_retrieval_solution(self.options.solution) if self.options.solution else None
+        asked = np.isin(names, list(solution.usages)) if solution else np.ones(len(names), bool)
+        vectors = self.queries.vectors[asked]
+        search = None
+        if self.index:
+            search = SearchParameters(k=min(MAX_IMAGES, self.index.num_vectors))
+            hits = self.index.search(_float32(vectors), search)
+        else:
+            hits = self._exact_hits(vectors, k=MAX_IMAGES)
+        places = np.searchsorted(self.gallery.ids, hits.ids)
+        rankings = {
+            str(name): [str(image_names[place]) for place, id in zip(row, ids, strict=True) if id >= 0]
+            for name, row, ids in zip(names[asked], places, hits.ids, strict=True)
+        }
+        submission = self.options.out / "submission.csv"
+        if self.world.is_first:
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            write_retrieval_submission(submission, rankings)
+            logger.info("submission: %s", submission)
+        if solution is None:
+            raise SettingsError(
+                f"{submission} is written; to score it give --solution with the official retrieval_solution_v2.1.csv."
+            )
+        scores = score_retrieval(rankings, solution)
+        recall = self._recall_of(hits, vectors) if self.index else {}
+        return Judged(
+            retrieval_sections(scores, recall),
+            protocol=RETRIEVAL_PROTOCOL,
+            ground_truth=file_sha256(self.options.solution) if self.options.solution else "",
+            search=search,
+        )
+
+    def _distractors(self) -> EmbeddingSet | None:
+        if self.options.distractors is None:
+            return None
+        with ShardSet.open(self.options.distractors) as shards:
+            folder = self.options.out / "embeddings" / "distractors"
+            return embed_shards(self.encoder, shards, folder, world=self.world)
+
+    def _exact_hits(self, vectors: ndarray, *, k: int) -> SearchHits:
+        own, gallery = _float32(vectors), self.gallery
+        blocks = [
+            exact_search(own[start : start + _QUERIES_AT_A_TIME], gallery.vectors, gallery.ids, k=k)
+            for start in range(0, len(own), _QUERIES_AT_A_TIME)
+        ]
+        return SearchHits(*(np.concatenate([getattr(block, name) for block in blocks]) for name in ("ids", "scores")))
+
+    def _recall_of(self, hits: SearchHits, vectors: ndarray) -> dict[str, Any]:
+        """How much of the truth of exact search an index shows, beside what it does to the benchmark's numbers."""
+        k = min(_NUM_COMPARED, hits.ids.shape[1])
+        exact = self._exact_hits(vectors, k=k)
+        return {f"recall_of_index_at_{k}": 100 * recall_against_exact(hits.ids, exact.ids)}
 
 
-def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    names = [folder.name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+def open_encoder(checkpoint: Path | None, pretrained: str | None, *, image_size: int) -> Encoder:
+    """The encoder of a training run, of one of its checkpoints, or in a folder of its own; or a pretrained one.
+
+    Raises:
+        ArtifactError: there is no finished encoder.
+    """
+    if checkpoint is None:
+        return create_pretrained_encoder(str(pretrained), image_size=image_size)
+    inside = checkpoint / "encoder"
+    return load_encoder(inside if inside.is_dir() else checkpoint)
 
 
-def _raw_pixels(shard_set: ShardSet, like: EmbeddingSet, ks: Sequence[int]) -> Contender:
-    vectors, ids = raw_pixel_vectors(shard_set, like.manifest.details["split"])
-    kept = np.isin(ids, like.ids)
-    result = evaluate_leave_one_out(vectors[kept], ids[kept], shard_set.labels[ids[kept]], ks=ks)
-    return Contender("raw pixels", result, {"transform": "32x32, mean removed", "ranked by": "brute force"})
+def _require_options(benchmark: Benchmark, options: RunOptions) -> None:
+    is_landmark, is_retrieval = isinstance(benchmark, LandmarkBenchmark), isinstance(benchmark, RetrievalBenchmark)
+    if is_landmark and options.ground_truth is None:
+        raise SettingsError(f"{benchmark.name} needs --ground-truth, its official gnd_{benchmark.name}.pkl.")
+    for option, value, is_used in (
+        ("--ground-truth", options.ground_truth, is_landmark),
+        ("--distractors", options.distractors, is_landmark and options.index is None),
+        ("--solution", options.solution, is_retrieval),
+        ("--training-shards", options.training_shards, isinstance(benchmark, ClassBenchmark)),
+    ):
+        if value is not None and not is_used:
+            with_index = " with --index" if options.index and is_landmark else ""
+            raise SettingsError(f"{benchmark.name}{with_index} has no use for {option}.")
 
 
-def _open_index(embeddings: EmbeddingSet, folder: Path) -> PublishedIndex:
+def _embed(encoder: Encoder, shard_set: ShardSet, split: str | None, options: RunOptions, world: World) -> Embedded:
+    folder = options.out / "embeddings" / (split or "all")
+    embeddings = embed_shards(encoder, shard_set, folder, split=split, world=world)
+    ids = np.sort(embeddings.ids)
+    keys = shard_set.samples["key"].take(ids).to_pylist()
+    return Embedded(embeddings, ids, load_vectors(folder), shard_set.labels[ids], keys)
+
+
+def _open_index(folder: Path, shard_set: ShardSet, gallery: Embedded) -> PublishedIndex:
     index = PublishedIndex.open(folder)
-    require_parent(index.folder, index.manifest, "embeddings", found=embeddings.fingerprint, parent=embeddings.folder)
+    require_parent(index.folder, index.manifest, "shards", found=shard_set.fingerprint, parent=shard_set.folder)
+    own = gallery.embeddings.manifest.details["encoder_fingerprint"]
+    other = index.manifest.details["encoder_fingerprint"]
+    if own != other:
+        raise ManifestMismatch(
+            f"{index.folder} holds vectors of encoder {other[:12]}, the checkpoint is {own[:12]}. Build it again."
+        )
+    missing = np.setdiff1d(gallery.ids, index.ids)
+    if len(missing):
+        raise ManifestMismatch(
+            f"{index.folder} lacks {len(missing)} pictures of the gallery, first id {int(missing[0])}. Build it from "
+            f"{gallery.embeddings.folder}."
+        )
     return index
 
 
-def _index_ranker(index: PublishedIndex) -> Ranker:
-    def rank(queries: np.ndarray, query_ids: np.ndarray, depth: int) -> np.ndarray:
-        return without_query(index.search(queries, SearchParameters(k=depth + 1)).ids, query_ids)
+def _result(benchmark: Benchmark, judge: _Judge, judged: Judged, *, has_queries: bool) -> Result:
+    manifests: dict[Role, Manifest] = {"gallery": judge.gallery.embeddings.manifest}
+    if has_queries:
+        manifests["queries"] = judge.queries.embeddings.manifest
+    if judged.distractors:
+        manifests["distractors"] = judged.distractors.manifest
+    record = record_of_embeddings(
+        benchmark.name,
+        judged.protocol,
+        manifests,
+        judge.encoder.settings,
+        ground_truth=judged.ground_truth,
+        ties="as the index orders them" if judge.index else judge.options.ties,
+        crop=judged.crop,
+        expected=judged.expected,
+        index=judge.index.manifest if judge.index else None,
+        search=judged.search,
+    )
+    warnings = [*judged.warnings, *norms("gallery", judge.gallery.vectors), *missing_pictures(record.counts)]
+    return Result(benchmark.name, judged.sections, record.as_json(), warnings, judged.curve)
 
-    return rank
+
+def _float32(vectors: Float[ndarray, "rows dim"]) -> Float32[ndarray, "rows dim"]:
+    return np.ascontiguousarray(vectors, dtype=np.float32)

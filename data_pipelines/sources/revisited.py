@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
+import numpy as np
+
 from data_pipelines.sources import SourcePicture, pixel_box, safe_keys
 from data_pipelines.sources.data_set import DataSet, OfficialCount
+from data_pipelines.sources.mat_files import read_mat
 from lookalike.errors import DataError
 
 
@@ -15,7 +18,8 @@ class RevisitedBuildings(DataSet):
     """Whole pictures of the split `gallery`, and of the split `query` only what is inside the official box."""
 
     ground_truth: Path | None = None
-    """`.pkl` or `.json`; relative to the data set's folder. Default: gnd_NAME.pkl, or gnd_NAME.json without it."""
+    """`.pkl`, `.mat` or `.json`; relative to the data set's folder. Default: the first of gnd_NAME.pkl, gnd_NAME.mat
+    and gnd_NAME.json that is there."""
 
     missing_hint: ClassVar[str] = "All pictures lie directly in jpg/: flatten the folders of the Paris archives."
 
@@ -35,8 +39,8 @@ class RevisitedBuildings(DataSet):
     def _ground_truth(self) -> Path:
         if self.ground_truth is not None:
             return self.ground_truth
-        pickled, plain = Path(f"gnd_{self.name()}.pkl"), Path(f"gnd_{self.name()}.json")
-        return plain if (self.root / plain).exists() and not (self.root / pickled).exists() else pickled
+        official = [Path(f"gnd_{self.name()}{suffix}") for suffix in (".pkl", ".mat", ".json")]
+        return next((file for file in official if (self.root / file).exists()), official[0])
 
 
 class RevisitedOxford(RevisitedBuildings):
@@ -62,17 +66,25 @@ class RevisitedParis(RevisitedBuildings):
 def read_ground_truth(file: Path) -> dict[str, Any]:
     """`imlist` and `qimlist`, names without suffix, and `gnd`, per query a dict with `bbx` and lists of positions.
 
+    Positions count from 0, also from a `.mat`, where they count from 1.
+
     Raises:
         DataError: the file cannot be read, needs code to be read, or holds something else.
     """
     try:
         with file.open("rb") as stream:
-            contents = json.load(stream) if file.suffix.lower() == ".json" else _PlainUnpickler(stream).load()
+            suffix = file.suffix.lower()
+            if suffix == ".mat":
+                contents = _plain_lists(read_mat(file))
+            else:
+                contents = json.load(stream) if suffix == ".json" else _PlainUnpickler(stream).load()
     except _NotPlain as error:
         raise DataError(
             f"{file} wants to call {error}, which the official ground truth does not. It was not opened: get it from "
             "its publisher, or convert it to .json."
         ) from None
+    except DataError:
+        raise
     except Exception as error:
         # The unpickler raises anything from EOFError to IndexError on damaged files.
         raise DataError(f"{file} cannot be read: {error!r}") from error
@@ -85,6 +97,27 @@ def read_ground_truth(file: Path) -> dict[str, Any]:
     if not is_complete:
         raise DataError(f"{file} should hold imlist, qimlist and, for each name of the latter, an entry of gnd.")
     return dict(contents)
+
+
+def _plain_lists(contents: dict[str, Any]) -> dict[str, Any]:
+    """A MATLAB file's cells and structs as the pickle's lists and dicts; lists of one arrive there as their element."""
+    names = {name: [str(entry) for entry in np.ravel(contents[name])] for name in ("imlist", "qimlist")}
+    structs = np.ravel(contents["gnd"])
+    gnd = [
+        {
+            "bbx": np.ravel(struct["bbx"]).astype(np.float64).tolist(),
+            **{name: _positions_from_0(struct[name]) for name in ("easy", "hard", "junk")},
+        }
+        for struct in structs
+    ]
+    return {**names, "gnd": gnd}
+
+
+def _positions_from_0(positions: Any) -> list[int]:
+    whole = np.ravel(positions).astype(np.int64)
+    if not np.array_equal(whole, np.ravel(positions)):
+        raise ValueError(f"{positions} are no whole numbers")
+    return (whole - 1).tolist()
 
 
 class _NotPlain(Exception):

@@ -1,46 +1,37 @@
 """Descriptors -> the official numbers of revisited Oxford and Paris, exact with any number of distractors."""
 
-import hashlib
-import io
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32
 from numpy import ndarray
 
-from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup
-from evaluation.revisited.metrics import average_precision, precision_at_k, recall_at_k
+from evaluation.metrics import (
+    RECALL_LEVELS,
+    landmark_metrics,
+    measure,
+    precision_at_recall,
+    trapezoid_average_precision,
+)
+from evaluation.result import CurvePoint, Section, mean_of_known
+from evaluation.revisited.distractors import VectorList, count_distractors, num_blocks, score_blocks
+from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup, landmark_clusters
 from evaluation.revisited.rank_counts import RankCounts, TieRule
-from lookalike.artifacts import write_atomically
 from lookalike.errors import DataError
-from lookalike.progress import Progress
-
-logger = logging.getLogger(__name__)
+from lookalike.world import World
 
 PRECISION_KS = (1, 5, 10)
-# A product is computed on blocks of one shape, padded with zeros where a file ends, so that a descriptor's score never
-# depends on how the distractors are divided. In float32 a block of 2048 dimensions takes 64 MiB.
-_BLOCK_ROWS = 8192
-_BLOCKS_PER_SAVE = 16
 
 
 @dataclass(frozen=True)
-class RevisitedResult:
-    """Values per query in [0, 1]; NaN where a setup has no relevant picture for a query."""
+class RevisitedOutcome:
+    """Values of every query in every setup, by the metrics of `landmark_metrics`, and mAP as distractors are added."""
 
-    per_query: Mapping[Setup, Mapping[str, Float64[ndarray, "queries"]]]  # setup -> "map", "mp@k", "mr@k" -> values
-    tie_gap: Mapping[Setup, float]  # mAP of the optimistic minus that of the pessimistic tie rule
+    sections: Mapping[Setup, Section]
     num_distractors: int
-    ties: TieRule
-
-    def mean(self, setup: Setup, metric: str) -> float:
-        """Over the queries that have a relevant picture in this setup."""
-        return _mean(self.per_query[setup][metric])
+    curve: tuple[CurvePoint, ...] = ()
 
 
 def evaluate_descriptors(
@@ -50,15 +41,21 @@ def evaluate_descriptors(
     *,
     distractors: Sequence[Float[ndarray, "_ _"]] = (),
     ties: TieRule = "index",
+    curve_at: Sequence[int] | None = None,
     progress_file: Path | None = None,
-) -> RevisitedResult:
+    world: World = World(),
+) -> RevisitedOutcome:
     """Scores by inner product in float32, counts ranks in one pass, and computes all setups.
+
+    Several ranks count a share of the distractors each, and all return the same outcome, that of one process.
 
     Args:
         queries: In the order of the ground truth; of the cropped query pictures.
         database: In the order of the ground truth.
-        distractors: May be memory-mapped, of any float type; read block by block.
-        ties: Whether unlabelled pictures of equal score stand before or behind; the gap is reported.
+        distractors: May be memory-mapped, of any float type; read block by block, as one list.
+        ties: Whether unlabelled pictures of equal score stand before or behind; the gap is reported in percent.
+        curve_at: Numbers of distractors, first ones first, for which mAP is told as well, beside none and all; where
+            None 10,000, 20,000, 50,000 and so on. They cost nothing and change nothing.
         progress_file: Counts are kept there now and then, and a rerun continues from them.
 
     Raises:
@@ -66,126 +63,64 @@ def evaluate_descriptors(
     """
     _require_shapes(queries, database, truth, distractors)
     own_queries = _float32(queries)
-    with np.errstate(all="ignore"):  # what is not finite is refused by name
-        scores = own_queries @ _float32(database).T
+    others = VectorList(distractors)
+    points = curve_points(len(others), curve_at)
     try:
-        counts = RankCounts.of_database(scores, truth.labels)
+        scores = _scores_of_all(own_queries, VectorList([database]))
+        counts = RankCounts.of_database(scores, truth.labels, num_parts=len(points) - 1)
     except ValueError as error:
         raise DataError(f"descriptors of {len(database)} database pictures: {error}.") from error
-    _count_distractors(counts, own_queries, distractors, progress_file)
-    return summarise_counts(counts, truth, ties=ties)
+    count_distractors(counts, own_queries, others, points=points, world=world, progress_file=progress_file)
+    return summarise_counts(counts, truth, ties=ties, points=points)
 
 
-def summarise_counts(counts: RankCounts, truth: GroundTruth, *, ties: TieRule) -> RevisitedResult:
-    per_query: dict[Setup, dict[str, ndarray]] = {}
-    tie_gap: dict[Setup, float] = {}
+def curve_points(num_distractors: int, asked: Sequence[int] | None = None) -> list[int]:
+    """0, those asked for that lie below the number of distractors, and that number.
+
+    Where None are asked for, 1, 2 and 5 times the powers of ten from 10,000 on.
+    """
+    if asked is None:
+        asked = [factor * 10**power for power in range(4, len(str(num_distractors))) for factor in (1, 2, 5)]
+    return sorted({0, num_distractors, *(point for point in asked if 0 < point < num_distractors)})
+
+
+def summarise_counts(
+    counts: RankCounts, truth: GroundTruth, *, ties: TieRule, points: Sequence[int] = ()
+) -> RevisitedOutcome:
+    """The metrics of counted ranks.
+
+    Args:
+        points: Where the parts of the distractors begin and end; gives the curve.
+    """
+    clusters = landmark_clusters(truth)
+    sections: dict[Setup, Section] = {}
     for setup in SETUPS:
         positions = counts.positions(truth.labels, setup, ties=ties)
-        values = {"map": np.array([average_precision(p) for p in positions])}
-        for k in PRECISION_KS:
-            values[f"mp@{k}"] = np.array([precision_at_k(p, k) for p in positions])
-            values[f"mr@{k}"] = np.array([recall_at_k(p, k) for p in positions])
-        per_query[setup] = values
-        bounds = [
-            _mean(np.array([average_precision(p) for p in counts.positions(truth.labels, setup, ties=rule)]))
-            for rule in ("optimistic", "pessimistic")
-        ]
-        tie_gap[setup] = bounds[0] - bounds[1]
-    return RevisitedResult(per_query, tie_gap, counts.num_distractors, ties)
-
-
-def result_as_json(result: RevisitedResult, truth: GroundTruth, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in percent, average precisions per query, and how they were measured."""
-    tree: dict[str, Any] = {}
-    for setup in SETUPS:
-        values = result.per_query[setup]
-        aps = [None if np.isnan(ap) else 100 * float(ap) for ap in values["map"]]
-        tree[setup] = {
-            **{metric: 100 * result.mean(setup, metric) for metric in values},
-            "num_queries": sum(ap is not None for ap in aps),
-            "tie_gap": 100 * result.tie_gap[setup],
-            "aps": dict(zip(truth.query_names, aps, strict=True)),
+        values = measure(landmark_metrics(PRECISION_KS), positions)
+        optimistic, pessimistic = (_map(counts, truth, setup, rule, None) for rule in ("optimistic", "pessimistic"))
+        curves = [precision_at_recall(own, RECALL_LEVELS) for own in positions if len(own)]
+        facts = {
+            "tie_gap": 100 * (optimistic - pessimistic),
+            "precision_at_recall": (100 * np.mean(curves, axis=0)).tolist() if curves else [],
         }
-    return {**tree, "record": {**record, "ties": result.ties, "num_distractors": result.num_distractors}}
+        sections[setup] = Section(truth.query_names, clusters, values, facts=facts)
+    curve = [
+        CurvePoint(point, {setup: _map(counts, truth, setup, ties, number) for setup in SETUPS})
+        for number, point in enumerate(points)
+    ]
+    return RevisitedOutcome(sections, counts.num_distractors, tuple(curve))
 
 
-def _mean(values: Float64[ndarray, "queries"]) -> float:
-    """Over the queries that have a value; NaN where none has."""
-    counted = values[~np.isnan(values)]
-    return float(counted.mean()) if len(counted) else float("nan")
+def _map(counts: RankCounts, truth: GroundTruth, setup: Setup, ties: TieRule, num_parts: int | None) -> float:
+    positions = counts.positions(truth.labels, setup, ties=ties, num_parts=num_parts)
+    return mean_of_known(measure({"map": trapezoid_average_precision}, positions)["map"])
 
 
-def _count_distractors(
-    counts: RankCounts,
-    queries: Float32[ndarray, "queries dim"],
-    distractors: Sequence[ndarray],
-    progress_file: Path | None,
-) -> None:
-    blocks = list(_blocks(distractors))
-    done = _load_progress(counts, queries, blocks, progress_file)
-    block = np.zeros(
-        (_BLOCK_ROWS, queries.shape[1]), np.float32
-    )  # one for all: fresh memory costs as much as a product
-    with Progress(sum(n for _, _, n in blocks), description="distractors", unit="vectors") as progress:
-        progress.advance(sum(n for _, _, n in blocks[:done]))
-        for number, (source, start, length) in enumerate(blocks[done:], start=done + 1):
-            _read_into(block, source[start : start + length])
-            with np.errstate(all="ignore"):
-                scores = queries @ block.T
-            try:
-                counts.add_distractors(scores[:, :length])
-            except ValueError as error:
-                raise DataError(f"distractors {start} to {start + length}: {error}.") from error
-            progress.advance(length)
-            if progress_file and number % _BLOCKS_PER_SAVE == 0:
-                _save_progress(counts, queries, blocks, number, progress_file)
-    if progress_file:
-        progress_file.unlink(missing_ok=True)
-
-
-def _read_into(block: Float32[ndarray, "rows dim"], descriptors: Float[ndarray, "length dim"]) -> None:
-    """Fills a block and pads it with zeros. torch converts float16 eight times as fast as numpy."""
-    length = len(descriptors)
-    if descriptors.dtype == np.float16:
-        torch.from_numpy(block[:length]).copy_(torch.from_numpy(np.array(descriptors)))
-    else:
-        block[:length] = descriptors
-    block[length:] = 0
-
-
-def _blocks(distractors: Sequence[ndarray]) -> Iterator[tuple[ndarray, int, int]]:
-    for source in distractors:
-        for start in range(0, len(source), _BLOCK_ROWS):
-            yield source, start, min(_BLOCK_ROWS, len(source) - start)
-
-
-def _save_progress(counts: RankCounts, queries: ndarray, blocks: Sequence[Any], num_done: int, file: Path) -> None:
-    buffer = io.BytesIO()
-    stored: dict[str, Any] = {"identity": _identity(counts, queries, blocks), "num_done": num_done, **counts.state()}
-    np.savez(buffer, **stored)
-    write_atomically(file, buffer.getvalue())
-
-
-def _load_progress(counts: RankCounts, queries: ndarray, blocks: Sequence[Any], file: Path | None) -> int:
-    if file is None or not file.exists():
-        return 0
-    with np.load(file, allow_pickle=False) as stored:
-        if str(stored["identity"]) != _identity(counts, queries, blocks):
-            raise DataError(f"{file} holds the counts of another evaluation. Remove it, or name another file.")
-        counts.load_state({name: stored[name] for name in ("num_above", "num_tied", "num_distractors")})
-        logger.info("continuing after %d of %d blocks of distractors", int(stored["num_done"]), len(blocks))
-        return int(stored["num_done"])
-
-
-def _identity(counts: RankCounts, queries: ndarray, blocks: Sequence[tuple[ndarray, int, int]]) -> str:
-    """Of queries, thresholds and the division into blocks, with one descriptor of each block as a sample."""
-    digest = hashlib.sha256(queries.tobytes())
-    for query in counts.queries:
-        digest.update(query.scores.tobytes())
-    for source, start, length in blocks:
-        digest.update(f"{start}:{length}:{source.dtype}".encode())
-        digest.update(np.ascontiguousarray(source[start]).tobytes())
-    return digest.hexdigest()
+def _scores_of_all(
+    queries: Float32[ndarray, "queries dim"], vectors: VectorList
+) -> Float32[ndarray, "queries database"]:
+    blocks = [scores for _, scores in score_blocks(queries, vectors, range(num_blocks(vectors)))]
+    return np.concatenate([np.zeros((len(queries), 0), np.float32), *blocks], axis=1)
 
 
 def _require_shapes(queries: ndarray, database: ndarray, truth: GroundTruth, distractors: Sequence[ndarray]) -> None:

@@ -14,6 +14,7 @@ from lookalike.errors import DataError
 
 Setup = Literal["easy", "medium", "hard"]
 SETUPS: tuple[Setup, ...] = ("easy", "medium", "hard")
+_LEAST_SHARED = 0.3
 _LABELS_OF_SETUP: dict[Setup, tuple[str, ...]] = {"easy": ("easy",), "medium": ("easy", "hard"), "hard": ("hard",)}
 
 
@@ -39,7 +40,7 @@ class QueryLabels:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """`gnd_roxford5k` or `gnd_rparis6k`."""
+    """What `gnd_roxford5k` or `gnd_rparis6k` hold, whatever their format."""
 
     database_names: tuple[str, ...]
     query_names: tuple[str, ...]
@@ -48,8 +49,29 @@ class GroundTruth:
     sha256: str  # of the file
 
 
+def landmark_clusters(truth: GroundTruth) -> Int64[ndarray, "queries"]:
+    """Which queries show the same landmark, and so err together: numbers from 0, by first query.
+
+    The files do not say it. Two queries belong together where the easy and hard pictures that they share are more than
+    0.3 of those that either has, or where other queries link them so. Both have 11 landmarks; that gives 11 clusters in
+    Paris and 12 in Oxford, where one query stands alone.
+    """
+    holds = np.zeros((len(truth.labels), len(truth.database_names)), np.float32)
+    for query, labels in enumerate(truth.labels):
+        holds[query, np.concatenate([labels.easy, labels.hard])] = 1
+    num_shared, sizes = holds @ holds.T, holds.sum(axis=1)  # whole numbers below 2^24: exact
+    is_linked = num_shared > _LEAST_SHARED * (sizes[:, None] + sizes[None, :] - num_shared)
+    np.fill_diagonal(is_linked, val=True)
+    clusters = np.arange(len(truth.labels))
+    while True:  # each query takes the smallest number among those linked with it, until nothing changes
+        smallest = np.where(is_linked, clusters[None, :], len(clusters)).min(axis=1, initial=len(clusters))
+        if (smallest == clusters).all():
+            return np.unique(clusters, return_inverse=True)[1].astype(np.int64)
+        clusters = smallest
+
+
 def load_ground_truth(path: Path) -> GroundTruth:
-    """Reads the official pickle, without executing anything in it, or the same content as JSON.
+    """Reads the official pickle, without executing anything in it, its MATLAB twin, or the same content as JSON.
 
     Raises:
         DataError: it is missing, of another kind, holds more than plain values, or contradicts itself.

@@ -1,16 +1,17 @@
-"""Exact ranks by counting: one pass over any number of distractors, no sort, and counts that add up.
+"""Exact ranks by counting: one pass over any number of distractors, no full sort, and counts that add up.
 
 The position of a relevant picture is the number of pictures that score higher. So a query needs the scores of its few
 hundred labelled pictures as thresholds, and of everything else only how many lie above each of them. Counts of
 blocks, workers and shards are integers and add up to the same result in any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from numpy import ndarray
 
 from evaluation.revisited.ground_truth import QueryLabels, Setup
@@ -20,37 +21,35 @@ from evaluation.revisited.ground_truth import QueryLabels, Setup
 TieRule = Literal["optimistic", "pessimistic", "index"]
 
 
-@dataclass
-class QueryCounts:
-    """Of one query: labelled pictures, and how many unlabelled ones stand before each of them."""
+@dataclass(frozen=True)
+class DatabaseCounts:
+    """Of one query: its labelled pictures, and how many unlabelled ones of the database stand before each of them."""
 
     scores: Float32[ndarray, "labelled"]
     rows: Int64[ndarray, "labelled"]  # in the database
     num_above: Int64[ndarray, "labelled"]  # unlabelled pictures that score higher
-    num_tied_before: Int64[ndarray, "labelled"]  # unlabelled ones of the same score and a smaller row
     num_tied: Int64[ndarray, "labelled"]  # unlabelled ones of the same score
-
-    def positions(self, is_relevant: ndarray, *, ties: TieRule) -> Int64[ndarray, "relevant"]:
-        """Positions from 0, ascending, of the relevant pictures among themselves and the unlabelled ones."""
-        order = np.lexsort((self.rows, -self.scores))
-        order = order[is_relevant[order]]
-        before = self.num_above[order]
-        if ties == "index":
-            before = before + self.num_tied_before[order]
-        elif ties == "pessimistic":
-            before = before + self.num_tied[order]
-        return before + np.arange(len(order))
+    num_tied_before: Int64[ndarray, "labelled"]  # those among them of a smaller row
 
 
 class RankCounts:
-    """Counts of all queries. Starts from the database's scores; distractors are added block by block."""
+    """Counts of all queries. Starts from the database's scores; distractors are added block by block.
 
-    def __init__(self, queries: Sequence[QueryCounts]) -> None:
-        self.queries = list(queries)
-        self.num_distractors = 0
+    Distractors are counted in parts, so that the ranks among the first few parts are known as well.
+    """
+
+    def __init__(self, queries: Sequence[DatabaseCounts], *, num_parts: int) -> None:
+        self.queries = tuple(queries)
+        self._bounds = np.cumsum([0, *(len(query.rows) for query in queries)])
+        # Labelled pictures of all queries stand side by side.
+        self._num_above = np.zeros((num_parts, self._bounds[-1]), np.int64)
+        self._num_tied = np.zeros((num_parts, self._bounds[-1]), np.int64)
+        self._num_distractors = np.zeros(num_parts, np.int64)
 
     @classmethod
-    def of_database(cls, scores: Float32[ndarray, "queries database"], labels: Sequence[QueryLabels]) -> "RankCounts":
+    def of_database(
+        cls, scores: Float32[ndarray, "queries database"], labels: Sequence[QueryLabels], *, num_parts: int = 1
+    ) -> "RankCounts":
         """Counts over the database alone.
 
         Raises:
@@ -60,69 +59,89 @@ class RankCounts:
             raise ValueError(f"{len(scores)} rows of scores for {len(labels)} queries")
         if not np.isfinite(scores).all():
             raise ValueError("the scores of the database hold NaN or infinity")
-        return cls([_count_database(row, label.labelled()) for row, label in zip(scores, labels, strict=True)])
+        queries = [_count_database(row, label.labelled()) for row, label in zip(scores, labels, strict=True)]
+        return cls(queries, num_parts=num_parts)
 
-    def add_distractors(self, scores: Float32[ndarray, "queries block"]) -> None:
+    @property
+    def num_distractors(self) -> int:
+        return int(self._num_distractors.sum())
+
+    def add_distractors(self, scores: Float32[ndarray, "queries block"], *, part: int = 0) -> None:
         """Adds pictures that are relevant to nobody.
 
         Raises:
             ValueError: a score is not finite.
         """
-        if not np.isfinite(scores).all():
+        if not scores.shape[1]:
+            return
+        # A block is sorted, and the few thresholds are looked up in it: less work than placing each score among the
+        # thresholds. NaN is sorted behind infinity, so the ends tell whether all is finite.
+        ascending = np.sort(scores, axis=1)
+        if not np.isfinite(ascending[:, [0, -1]]).all():
             raise ValueError("the scores of distractors hold NaN or infinity")
-        for query, row in zip(self.queries, scores, strict=True):
-            above, tied = _count_above_and_tied(query.scores, row)
-            query.num_above += above
-            query.num_tied += tied
-        self.num_distractors += scores.shape[1]
+        for number, (query, row) in enumerate(zip(self.queries, ascending, strict=True)):
+            own = slice(self._bounds[number], self._bounds[number + 1])
+            num_below, num_not_above = (row.searchsorted(query.scores, side) for side in ("left", "right"))
+            self._num_above[part, own] += len(row) - num_not_above
+            self._num_tied[part, own] += num_not_above - num_below
+        self._num_distractors[part] += scores.shape[1]
 
     def state(self) -> dict[str, ndarray]:
-        """The distractors' part, as plain arrays: to store, to send, to add up."""
+        """The distractors' part, as the very arrays that count: to store, to send, to sum in place."""
         return {
-            "num_above": np.concatenate([query.num_above for query in self.queries]),
-            "num_tied": np.concatenate([query.num_tied for query in self.queries]),
-            "num_distractors": np.array(self.num_distractors),
+            "num_above": self._num_above,
+            "num_tied": self._num_tied,
+            "num_distractors": self._num_distractors,
         }
 
-    def load_state(self, state: dict[str, ndarray]) -> None:
-        """Replaces the counts by stored ones of the same queries."""
-        bounds = np.cumsum([len(query.rows) for query in self.queries])[:-1]
-        above, tied = np.split(state["num_above"], bounds), np.split(state["num_tied"], bounds)
-        for query, own_above, own_tied in zip(self.queries, above, tied, strict=True):
-            query.num_above, query.num_tied = own_above.copy(), own_tied.copy()
-        self.num_distractors = int(state["num_distractors"])
+    def load_state(self, state: Mapping[str, ndarray]) -> None:
+        """Replaces the counts by stored ones of the same queries and parts."""
+        for name, own in self.state().items():
+            own[...] = state[name]
 
     def positions(
-        self, labels: Sequence[QueryLabels], setup: Setup, *, ties: TieRule
+        self, labels: Sequence[QueryLabels], setup: Setup, *, ties: TieRule, num_parts: int | None = None
     ) -> list[Int64[ndarray, "relevant"]]:
+        """Positions from 0, ascending, of each query's relevant pictures in its ranking without ignored ones.
+
+        Args:
+            num_parts: Ranks among the database and this many parts of the distractors; all where None.
+        """
+        num_above = self._num_above[:num_parts].sum(axis=0)
+        num_tied = self._num_tied[:num_parts].sum(axis=0)
+        own = [slice(start, end) for start, end in pairwise(self._bounds)]
         return [
-            query.positions(label.is_relevant(setup), ties=ties)
-            for query, label in zip(self.queries, labels, strict=True)
+            _positions(query, num_above[part], num_tied[part], label.is_relevant(setup), ties)
+            for query, part, label in zip(self.queries, own, labels, strict=True)
         ]
 
 
-def _count_database(scores: Float32[ndarray, "database"], rows: Int64[ndarray, "labelled"]) -> QueryCounts:
+def _positions(
+    query: DatabaseCounts,
+    distractors_above: Int64[ndarray, "labelled"],
+    distractors_tied: Int64[ndarray, "labelled"],
+    is_relevant: Bool[ndarray, "labelled"],
+    ties: TieRule,
+) -> Int64[ndarray, "relevant"]:
+    before = query.num_above + distractors_above
+    if ties == "index":  # a distractor's row is greater than all of the database
+        before = before + query.num_tied_before
+    elif ties == "pessimistic":
+        before = before + query.num_tied + distractors_tied
+    order = np.lexsort((query.rows, -query.scores))
+    order = order[is_relevant[order]]
+    return before[order] + np.arange(len(order))
+
+
+def _count_database(scores: Float32[ndarray, "database"], rows: Int64[ndarray, "labelled"]) -> DatabaseCounts:
     is_unlabelled = np.ones(len(scores), bool)
     is_unlabelled[rows] = False
     others = np.flatnonzero(is_unlabelled)
-    above, tied = _count_above_and_tied(scores[rows], scores[others])
+    ascending = np.sort(scores[others])
+    own = scores[rows]
+    num_below, num_not_above = (ascending.searchsorted(own, side) for side in ("left", "right"))
+    num_tied = (num_not_above - num_below).astype(np.int64)
     tied_before = np.zeros(len(rows), np.int64)
-    for place in np.flatnonzero(tied):
-        tied_before[place] = (scores[others[others < rows[place]]] == scores[rows[place]]).sum()
-    return QueryCounts(scores[rows], rows, above, tied_before, tied)
-
-
-def _count_above_and_tied(
-    thresholds: Float32[ndarray, "labelled"], scores: Float32[ndarray, "block"]
-) -> tuple[Int64[ndarray, "labelled"], Int64[ndarray, "labelled"]]:
-    """How many of `scores` are greater than each threshold, and how many are equal to it."""
-    values, members = np.unique(thresholds, return_inverse=True)
-    if not len(values):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    candidates = scores[scores >= values[0]]
-    places = np.searchsorted(values, candidates, side="left")  # number of thresholds below each candidate
-    is_tied = values[np.minimum(places, len(values) - 1)] == candidates
-    histogram = np.bincount(places, minlength=len(values) + 1)
-    num_above = histogram[::-1].cumsum()[::-1][1:]
-    num_tied = np.bincount(places[is_tied], minlength=len(values))
-    return num_above[members].astype(np.int64), num_tied[members].astype(np.int64)
+    for place in np.flatnonzero(num_tied):
+        tied_before[place] = (scores[others[others < rows[place]]] == own[place]).sum()
+    return DatabaseCounts(own, rows, (len(others) - num_not_above).astype(np.int64), num_tied, tied_before)

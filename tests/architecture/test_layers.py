@@ -15,16 +15,19 @@ PACKAGES = ("lookalike", "data_pipelines", "training", "indexing", "evaluation",
 
 # library -> files or folders that may import it
 ALLOWED_IMPORTERS = {
-    "deepspeed": (),  # the training backend that needs it will be the one file
+    "deepspeed": ("training/backends/deepspeed.py",),
     "faiss": ("indexing/", "lookalike/native_libraries.py"),
     "fastapi": ("serving/",),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
     "webdataset": ("data_pipelines/",),
-    "torch.distributed": ("lookalike/collectives.py",),
+    "torch.distributed": ("lookalike/collectives.py", "training/backends/fsdp2.py"),
+    "torch.nn.parallel": ("training/backends/ddp.py",),
     "timm": ("lookalike/encoder.py",),
     "typer": ("lookalike/console.py", "lookalike/doctor.py", *(f"{package}/__main__.py" for package in PACKAGES)),
     "scipy": ("data_pipelines/sources/mat_files.py",),
+    "sklearn": ("evaluation/classes/mutual_information.py",),
+    "matplotlib": ("evaluation/reporting/figures.py",),
     "resvg_py": ("demo/emoji_pictures.py",),
     "fsspec": ("data_pipelines/shard_cache.py",),
     "imagehash": ("data_pipelines/near_duplicates.py",),
@@ -59,6 +62,17 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
         and not file.relative_to(ROOT).as_posix().startswith(tuple(ALLOWED_IMPORTERS[library]) or ("nobody",))
     ]
     assert offenders == []
+
+
+def test_collectives_are_called_in_one_file_only() -> None:
+    """The back end that spreads tensors may name what spreads them, and nothing else of torch.distributed."""
+    names = {
+        name
+        for name in imported_modules(ROOT / "training/backends/fsdp2.py")
+        if name.startswith("torch.distributed")
+        and not name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
+    }
+    assert names == set()
 
 
 def test_the_scan_sees_imports_inside_functions_and_from_submodules(tmp_path: Path) -> None:

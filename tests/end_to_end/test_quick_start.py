@@ -47,7 +47,7 @@ def test_the_readmes_quick_start_works_line_by_line(desk: Path) -> None:
     search = next(output for line, output in outputs.items() if line.startswith("lookalike search"))
     assert re.search(r"^ +1 +\d\.\d{4} +class", search, re.MULTILINE)
     evaluate = next(output for line, output in outputs.items() if line.startswith("lookalike evaluate"))
-    assert "R@1" in evaluate
+    assert "hit_rate@1" in evaluate
     assert (desk / "report" / "report.html").stat().st_size > 10_000
     assert (desk / "shards.html").stat().st_size > 1_000
     check_server([sys.executable, "-m", *serve.split(), "--port", "0"], desk, environment)

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -7,13 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy import ndarray
+from sklearn.metrics import average_precision_score
 
-from evaluation.revisited import evaluate as evaluate_module
-from evaluation.revisited.evaluate import evaluate_descriptors, result_as_json, summarise_counts
-from evaluation.revisited.ground_truth import SETUPS, GroundTruth, QueryLabels, load_ground_truth
-from evaluation.revisited.metrics import average_precision, precision_at_k
-from evaluation.revisited.rank_counts import RankCounts
+from evaluation.metrics import average_precision, landmark_precision_at_k, trapezoid_average_precision
+from evaluation.revisited import distractors as distractors_module
+from evaluation.revisited import nearest as nearest_module
+from evaluation.revisited.evaluate import RevisitedOutcome, curve_points, evaluate_descriptors, summarise_counts
+from evaluation.revisited.ground_truth import (
+    SETUPS,
+    GroundTruth,
+    QueryLabels,
+    Setup,
+    landmark_clusters,
+    load_ground_truth,
+)
+from evaluation.revisited.nearest import nearest
+from evaluation.revisited.rank_counts import RankCounts, TieRule
+from evaluation.revisited.rankings import evaluate_rankings
 from lookalike.errors import DataError
+from lookalike.world import World
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "revisited"
 OFFICIAL = json.loads((GOLDEN / "golden_revisitop.json").read_text())
@@ -33,13 +47,13 @@ def test_values_per_query_are_the_official_ones(benchmark: tuple[str, GroundTrut
     for setup in SETUPS:
         golden = OFFICIAL[name][LETTER[setup]]
         official = np.array([np.nan if ap is None else ap for ap in golden["aps"]], float)
-        found = result.per_query[setup]["map"]
+        found = result.sections[setup].per_query["map"]
         np.testing.assert_array_equal(np.isnan(found), np.isnan(official))
         np.testing.assert_allclose(found, official, atol=1e-9, equal_nan=True)
         assert int((~np.isnan(found)).sum()) == golden["nq"]
-        assert result.mean(setup, "map") == pytest.approx(golden["map"], abs=1e-9)
+        assert result.sections[setup].mean("map") == pytest.approx(golden["map"], abs=1e-9)
         for k, expected in zip((1, 5, 10), golden["mpr"], strict=True):
-            assert result.mean(setup, f"mp@{k}") == pytest.approx(expected, abs=1e-9)
+            assert result.sections[setup].mean(f"mp@{k}") == pytest.approx(expected, abs=1e-9)
 
 
 def test_oxford_easy_has_68_queries() -> None:
@@ -89,90 +103,346 @@ def test_counting_equals_sorting_with_many_ties(seed: int, num_database: int, nu
         result = summarise_counts(counts, truth, ties=ties)
         for setup in SETUPS:
             expected = sorted_evaluation(scores, labels, setup, ties)
-            found = (result.per_query[setup]["map"][0], result.per_query[setup]["mp@5"][0])
+            values = result.sections[setup].per_query
+            found = (values["map"][0], values["mp@5"][0])
             np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=f"{setup} {ties}")
 
 
-def small_benchmark(seed: int = 0) -> tuple[GroundTruth, ndarray, ndarray, ndarray]:
+def small_benchmark(seed: int = 0, *, num_database: int = 200) -> tuple[GroundTruth, ndarray, ndarray, ndarray]:
+    """Five queries of ten easy, ten hard and ten junk pictures, and 1000 distractors."""
     generator = np.random.default_rng(seed)
-    labels = tuple(QueryLabels(*np.split(generator.permutation(200)[:30], [10, 20])) for _ in range(5))
-    truth = GroundTruth(tuple(map(str, range(200))), tuple("abcde"), np.zeros((5, 4)), labels, "f" * 64)
-    vectors = generator.normal(size=(5 + 200 + 1000, 16)).astype(np.float16)
-    return truth, vectors[:5], vectors[5:205], vectors[205:]
+    labels = tuple(QueryLabels(*np.split(generator.permutation(num_database)[:30], [10, 20])) for _ in range(5))
+    truth = GroundTruth(tuple(map(str, range(num_database))), tuple("abcde"), np.zeros((5, 4)), labels, "f" * 64)
+    vectors = generator.normal(size=(5 + num_database + 1000, 16)).astype(np.float16)
+    queries, database, distractors = np.split(vectors, [5, 5 + num_database])
+    return truth, queries, database, distractors
 
 
-def test_any_division_of_the_distractors_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_module, "_BLOCK_ROWS", 64)
+def values_of(outcome: RevisitedOutcome) -> dict[str, list[float]]:
+    """All numbers of an outcome, to the last bit."""
+    sections = {
+        f"{setup} {metric}": values.tolist()
+        for setup, section in outcome.sections.items()
+        for metric, values in {**section.per_query, "tie_gap": np.array([section.facts["tie_gap"]])}.items()
+    }
+    curve = {f"curve {point.num_distractors}": list(point.maps.values()) for point in outcome.curve}
+    return {**sections, **curve, "num_distractors": [outcome.num_distractors]}
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=6), dtype=st.sampled_from(["f2", "f4", "f8"]))
+def test_any_division_of_the_distractors_gives_the_same_bits(cuts: list[int], dtype: str) -> None:
     truth, queries, database, distractors = small_benchmark()
-    whole = evaluate_descriptors(queries, database, truth, distractors=[distractors])
-    parts = evaluate_descriptors(queries, database, truth, distractors=[distractors[:640], distractors[640:]])
-    # Workers with a part of the blocks each: integer counts add up.
-    first = RankCounts.of_database(queries.astype(np.float32) @ database.astype(np.float32).T, truth.labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distractors_module, "_BLOCK_ROWS", 64)
+        whole = evaluate_descriptors(queries, database, truth, distractors=[distractors], curve_at=[100, 130, 700])
+        files = np.split(distractors.astype(dtype), sorted(cuts))
+        parts = evaluate_descriptors(queries, database, truth, distractors=files, curve_at=[700, 100, 130, 4000])
+    assert values_of(parts) == values_of(whole)
+    assert [point.num_distractors for point in whole.curve] == [0, 100, 130, 700, 1000]
+
+
+def test_a_curve_changes_nothing_and_each_of_its_points_is_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distractors_module, "_BLOCK_ROWS", 64)
+    truth, queries, database, distractors = small_benchmark()
+    curved = evaluate_descriptors(queries, database, truth, distractors=[distractors], curve_at=[10, 63, 64, 65, 500])
+    plain = evaluate_descriptors(queries, database, truth, distractors=[distractors], curve_at=[])
     for setup in SETUPS:
-        for metric, values in whole.per_query[setup].items():
-            np.testing.assert_array_equal(parts.per_query[setup][metric], values)
-    assert whole.num_distractors == 1000
-    scores = queries.astype(np.float32) @ distractors.astype(np.float32).T
-    first.add_distractors(scores[:, 500:])
-    state = first.state()
-    second = RankCounts.of_database(queries.astype(np.float32) @ database.astype(np.float32).T, truth.labels)
-    second.load_state(state)
-    second.add_distractors(scores[:, :500])
-    again = summarise_counts(second, truth, ties="index")
-    for setup in SETUPS:
-        np.testing.assert_allclose(again.per_query[setup]["map"], whole.per_query[setup]["map"], atol=1e-12)
+        for metric, values in plain.sections[setup].per_query.items():
+            np.testing.assert_array_equal(curved.sections[setup].per_query[metric], values)
+        assert curved.sections[setup].facts == plain.sections[setup].facts
+        assert curved.curve[-1].maps[setup] == plain.sections[setup].mean("map")
+    assert [point.num_distractors for point in curved.curve] == [0, 10, 63, 64, 65, 500, 1000]
+    for point in curved.curve:
+        own = evaluate_descriptors(queries, database, truth, distractors=[distractors[: point.num_distractors]])
+        assert point.maps == {setup: own.sections[setup].mean("map") for setup in SETUPS}
+
+
+def test_points_of_a_curve_are_round_and_end_with_all_that_is_there() -> None:
+    assert curve_points(0) == [0]
+    assert curve_points(10_000) == [0, 10_000]
+    assert curve_points(123_456) == [0, 10_000, 20_000, 50_000, 100_000, 123_456]
+    assert curve_points(1_001_001)[-4:] == [200_000, 500_000, 1_000_000, 1_001_001]
+
+
+@settings(max_examples=20, deadline=None)
+@given(shares=st.lists(st.integers(0, 3), min_size=10, max_size=10))
+def test_counts_of_workers_add_up_in_any_order(shares: list[int]) -> None:
+    truth, queries, database, distractors = small_benchmark()
+    scores, others = (queries.astype(np.float32) @ v.astype(np.float32).T for v in (database, distractors))
+    alone = RankCounts.of_database(scores, truth.labels)
+    alone.add_distractors(others)
+    total = {name: np.zeros_like(array) for name, array in alone.state().items()}
+    for worker in range(4):
+        counts = RankCounts.of_database(scores, truth.labels)
+        for share, block in zip(shares, np.array_split(others, 10, axis=1), strict=True):
+            if share == worker:
+                counts.add_distractors(block)
+        total = {name: array + counts.state()[name] for name, array in total.items()}
+    merged = RankCounts.of_database(scores, truth.labels)
+    merged.load_state(total)
+    for ties in ("index", "pessimistic"):
+        found, expected = (summarise_counts(c, truth, ties=ties) for c in (merged, alone))
+        assert values_of(found) == values_of(expected)
+
+
+def test_a_copy_of_a_labelled_picture_among_the_distractors_ties_with_it() -> None:
+    truth, queries, database, distractors = small_benchmark()
+    copies = database[truth.labels[0].hard]
+    crowd = [distractors[:777], copies, distractors[777:]]
+    results = {
+        ties: evaluate_descriptors(queries, database, truth, distractors=crowd, ties=ties).sections["hard"]
+        for ties in ("optimistic", "pessimistic")
+    }
+    without = evaluate_descriptors(queries, database, truth, distractors=[distractors]).sections["hard"]
+    optimistic, pessimistic = (results[ties].per_query["map"][0] for ties in ("optimistic", "pessimistic"))
+    # Each copy stands behind all but its own twin at best, so precision falls, and further where it stands before it.
+    assert pessimistic < optimistic < without.per_query["map"][0]
+    gap = results["optimistic"].mean("map") - results["pessimistic"].mean("map")
+    assert results["optimistic"].facts["tie_gap"] == pytest.approx(100 * gap, abs=1e-12)
 
 
 def test_a_killed_count_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_module, "_BLOCK_ROWS", 32)
-    monkeypatch.setattr(evaluate_module, "_BLOCKS_PER_SAVE", 4)
+    monkeypatch.setattr(distractors_module, "_BLOCK_ROWS", 32)
+    monkeypatch.setattr(distractors_module, "_BLOCKS_PER_SAVE", 4)
     truth, queries, database, distractors = small_benchmark()
-    expected = evaluate_descriptors(queries, database, truth, distractors=[distractors])
-    original, calls = RankCounts.add_distractors, []
-
-    def killed_in_the_middle(self: RankCounts, scores: ndarray) -> None:
-        if len(calls) == 18:
-            raise KeyboardInterrupt
-        calls.append(1)
-        original(self, scores)
-
+    expected = evaluate_descriptors(queries, database, truth, distractors=[distractors], curve_at=[500])
     progress = tmp_path / "progress.npz"
+    original, blocks = distractors_module.score_blocks, []
+
+    def killed_in_the_middle(*arguments):  # type: ignore[no-untyped-def]
+        for block in original(*arguments):
+            if block[0] == 18 * 32:
+                raise KeyboardInterrupt
+            blocks.append(block[0])
+            yield block
+
+    def evaluate(others: ndarray, *, curve_at: tuple[int, ...] = (500,), world: World = World()) -> RevisitedOutcome:
+        return evaluate_descriptors(
+            queries,
+            database,
+            truth,
+            distractors=[others],
+            curve_at=curve_at,
+            progress_file=progress,
+            world=world,
+        )
+
     with monkeypatch.context() as patch:
-        patch.setattr(RankCounts, "add_distractors", killed_in_the_middle)
+        patch.setattr(distractors_module, "score_blocks", killed_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_descriptors(queries, database, truth, distractors=[distractors], progress_file=progress)
+            evaluate(distractors)
     assert progress.exists()
     changed = distractors.copy()
     changed[32] += 1
-    with pytest.raises(DataError, match="another evaluation"):
-        evaluate_descriptors(queries, database, truth, distractors=[changed], progress_file=progress)
-    resumed = evaluate_descriptors(queries, database, truth, distractors=[distractors], progress_file=progress)
-    assert resumed.per_query["hard"]["map"].tolist() == expected.per_query["hard"]["map"].tolist()
-    assert resumed.num_distractors == 1000
+    for others, points in ((changed, (500,)), (distractors[:999], (500,)), (distractors, (400,))):
+        with pytest.raises(DataError, match="another evaluation"):
+            evaluate(others, curve_at=points)
+    with monkeypatch.context() as patch:
+        patch.setattr(distractors_module, "score_blocks", killed_in_the_middle)
+        blocks.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(distractors)
+    assert blocks == [16 * 32, 17 * 32]  # it had gone on from the last save
+    assert values_of(evaluate(distractors)) == values_of(expected)
     assert not progress.exists()
+    progress.write_bytes(b"no counts")
+    with pytest.raises(DataError, match="cannot be read as the counts"):
+        evaluate(distractors)
 
 
-def test_adding_distractors_never_helps_and_junk_never_matters() -> None:
-    truth, queries, database, distractors = small_benchmark(1)
-    alone = evaluate_descriptors(queries, database, truth)
-    crowded = evaluate_descriptors(queries, database, truth, distractors=[distractors])
-    moved = database.copy()
-    junk = truth.labels[0].junk
-    moved[junk] = 0
-    without = evaluate_descriptors(queries, moved, truth)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), num_distractors=st.integers(0, 1000), ties=st.sampled_from(["index", "pessimistic"]))
+def test_adding_distractors_never_helps(seed: int, num_distractors: int, ties: TieRule) -> None:
+    truth, queries, database, distractors = small_benchmark(seed)
+    crowd = [np.concatenate([database[:20], distractors[:num_distractors]])]  # copies tie
+    alone = evaluate_descriptors(queries, database, truth, ties=ties)
+    crowded = evaluate_descriptors(queries, database, truth, distractors=crowd, ties=ties)
     for setup in SETUPS:
-        assert (crowded.per_query[setup]["map"] <= alone.per_query[setup]["map"]).all()
-    assert without.per_query["medium"]["map"][0] == alone.per_query["medium"]["map"][0]
-    assert without.per_query["medium"]["map"][1] != alone.per_query["medium"]["map"][1]
+        for metric, values in crowded.sections[setup].per_query.items():
+            assert (values <= alone.sections[setup].per_query[metric]).all()
 
 
-def test_json_holds_percent_counts_and_the_record() -> None:
-    truth, queries, database, _ = small_benchmark()
-    tree = result_as_json(evaluate_descriptors(queries, database, truth), truth, {"ground_truth": truth.sha256})
-    assert json.loads(json.dumps(tree)) == tree
-    assert tree["easy"]["map"] == pytest.approx(np.mean(list(tree["easy"]["aps"].values())))
-    assert 1 < tree["medium"]["map"] < 100
-    assert tree["record"] == {"ground_truth": "f" * 64, "ties": "index", "num_distractors": 0}
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), value=st.sampled_from([0.0, 1.0, 100.0]))
+def test_junk_never_matters(seed: int, value: float) -> None:
+    truth, queries, database, distractors = small_benchmark(seed)
+    moved = database.copy()
+    moved[truth.labels[0].junk] = value
+    before, after = (
+        evaluate_descriptors(queries, vectors, truth, distractors=[distractors]) for vectors in (database, moved)
+    )
+    for metric, values in after.sections["medium"].per_query.items():
+        assert values[0] == before.sections["medium"].per_query[metric][0]
+    # For other queries it is no junk.
+    medium = [outcome.sections["medium"].per_query["map"] for outcome in (before, after)]
+    assert (medium[0][1:] != medium[1][1:]).any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.125, 2.0, 64.0]))
+def test_neither_the_order_of_the_database_nor_the_length_of_queries_matters(seed: int, scale: float) -> None:
+    truth, queries, database, distractors = small_benchmark(seed)
+    expected = evaluate_descriptors(queries, database, truth, distractors=[distractors], ties="optimistic")
+    order = np.random.default_rng(seed).permutation(len(database))
+    new_row = np.argsort(order)
+    labels = tuple(QueryLabels(*(new_row[rows] for rows in (q.easy, q.hard, q.junk))) for q in truth.labels)
+    shuffled = dataclasses.replace(truth, labels=labels)
+    # A power of two scales products exactly.
+    scaled = (queries * scale).astype(np.float32)
+    found = evaluate_descriptors(scaled, database[order], shuffled, distractors=[distractors], ties="optimistic")
+    assert values_of(found) == values_of(expected)
+
+
+def test_rectangular_ap_is_that_of_scikit_learn_without_junk(benchmark: tuple[str, GroundTruth, ndarray]) -> None:
+    _, truth, scores = benchmark
+    counts = RankCounts.of_database(scores, truth.labels)
+    num_compared = 0
+    for setup in SETUPS:
+        for row, labels, positions in zip(
+            scores, truth.labels, counts.positions(truth.labels, setup, ties="index"), strict=True
+        ):
+            rows, is_relevant = labels.labelled(), labels.is_relevant(setup)
+            kept = np.setdiff1d(np.arange(len(row)), rows[~is_relevant])
+            if not len(positions) or len(np.unique(row[kept])) < len(kept):
+                continue  # scikit-learn takes tied pictures together
+            expected = average_precision_score(np.isin(kept, rows[is_relevant]), row[kept])
+            assert average_precision(positions) == pytest.approx(expected, abs=1e-12)
+            num_compared += 1
+    assert num_compared > 150
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("roxford5k", [1, 4, 5, 5, 5, 5, 5, 8, 8, 8, 8, 8]), ("rparis6k", [5, 5, 5, 5, 5, 5, 8, 8, 8, 8, 8])],
+)
+def test_queries_of_one_landmark_are_one_cluster(name: str, sizes: list[int]) -> None:
+    truth = load_ground_truth(GOLDEN / f"gnd_{name}.pkl")
+    clusters = landmark_clusters(truth)
+    assert np.sort(np.bincount(clusters)).tolist() == sizes
+    relevant = [set(q.easy.tolist()) | set(q.hard.tolist()) for q in truth.labels]
+    for i, j in itertools.combinations(range(len(relevant)), 2):
+        if len(relevant[i] & relevant[j]) > 0.3 * len(relevant[i] | relevant[j]):
+            assert clusters[i] == clusters[j]
+
+
+def test_clusters_are_joined_through_others_and_queries_without_pictures_stand_alone() -> None:
+    def labels(*easy: int) -> QueryLabels:
+        return QueryLabels(np.array(easy, np.int64), np.zeros(0, np.int64), np.array([9]))
+
+    own = (labels(), labels(0, 1), labels(5), labels(1, 2), labels(2, 3), labels())
+    truth = GroundTruth(tuple("abcdefghij"), tuple("uvwxyz"), np.zeros((6, 4)), own, "")
+    # 1-3 and 3-4 share a third of their pictures, 1 and 4 none.
+    assert landmark_clusters(truth).tolist() == [0, 1, 2, 1, 1, 3]
+
+
+def ranked_by_sorting(queries: ndarray, gallery: ndarray) -> ndarray:
+    scores = queries.astype(np.float32) @ gallery.astype(np.float32).T
+    return np.argsort(-scores, axis=1, kind="stable").astype(np.int64)
+
+
+def test_a_whole_ranking_gives_the_numbers_of_counting() -> None:
+    truth, queries, database, distractors = small_benchmark()
+    counted = evaluate_descriptors(queries, database, truth, distractors=[distractors])
+    ranked = ranked_by_sorting(queries, np.concatenate([database, distractors]))
+    listed = evaluate_rankings(ranked, truth, num_distractors=1000)
+    for setup in SETUPS:
+        assert listed.sections[setup].bounds == {}
+        for metric, values in counted.sections[setup].per_query.items():
+            np.testing.assert_allclose(listed.sections[setup].per_query[metric], values, atol=1e-12)
+    assert listed.num_distractors == 1000
+
+
+def test_bounds_of_a_truncated_list_hold_the_whole_ranking_s_value_and_shrink_to_it() -> None:
+    truth, queries, database, distractors = small_benchmark(2, num_database=60)
+    empty = QueryLabels(np.zeros(0, np.int64), *np.split(np.arange(10), 2))
+    truth = dataclasses.replace(truth, labels=(empty, *truth.labels[1:]))
+    ranked = ranked_by_sorting(queries, np.concatenate([database, distractors[:30]]))
+    whole = evaluate_rankings(ranked, truth, num_distractors=30)
+    previous: dict[tuple[str, str], ndarray] = {}
+    for depth in range(91):
+        # A list may also end in -1, as of an index that found no more.
+        padding = np.full((5, 7), -1)
+        outcome = evaluate_rankings(np.hstack([ranked[:, :depth], padding]), truth, num_distractors=30)
+        for setup in SETUPS:
+            section = outcome.sections[setup]
+            assert section.facts == {"shortest_list": depth}
+            assert {*section.per_query, *section.bounds} == set(whole.sections[setup].per_query)
+            for metric, value in whole.sections[setup].per_query.items():
+                if metric in section.per_query:
+                    np.testing.assert_array_equal(section.per_query[metric], value)
+                own = section.bounds.get(metric, np.stack([value, value], axis=1))
+                assert metric not in section.bounds or (own[:, 0] < own[:, 1]).any()
+                known = ~np.isnan(value)
+                assert known.tolist() == [setup != "easy", True, True, True, True]
+                assert (np.isnan(own).all(axis=1) == ~known).all()
+                before = previous.get((setup, metric), np.tile([0.0, 1.0], (5, 1)))
+                low, high = own[known].T
+                assert (before[known][:, 0] <= low + 1e-12).all()
+                assert (low <= value[known] + 1e-12).all()
+                assert (value[known] <= high + 1e-12).all()
+                assert (high <= before[known][:, 1] + 1e-12).all()
+                previous[setup, metric] = own
+    assert all(section.bounds == {} for section in outcome.sections.values())
+
+
+# mAP in percent that the official evaluation, that of tests/golden/README.md, gives for the first 100 or 1000 of the
+# golden scores' ranking. It cannot evaluate a list without any relevant picture, so there are no others.
+OFFICIAL_OF_TRUNCATED: dict[tuple[str, Setup, int], float] = {
+    ("rparis6k", "easy", 1000): 86.69629934935938,
+    ("rparis6k", "medium", 100): 39.13815578000078,
+    ("rparis6k", "medium", 1000): 75.18178546337874,
+    ("rparis6k", "hard", 1000): 56.9377927729929,
+}
+
+
+@pytest.mark.parametrize(("name", "setup", "depth"), OFFICIAL_OF_TRUNCATED)
+def test_the_official_value_of_a_truncated_list_is_the_least_in_an_endless_gallery(
+    name: str, setup: Setup, depth: int
+) -> None:
+    truth = load_ground_truth(GOLDEN / f"gnd_{name}.pkl")
+    with np.load(GOLDEN / f"{name}_scores_f32.npz") as stored:
+        ranked = np.argsort(-stored["scores"], axis=1, kind="stable").astype(np.int64)
+    official = OFFICIAL_OF_TRUNCATED[name, setup, depth]
+    whole = 100 * OFFICIAL[name][LETTER[setup]]["map"]
+    bounds = 100 * evaluate_rankings(ranked[:, :depth], truth, num_distractors=0).sections[setup].bounds["map"]
+    low, high = bounds.mean(axis=0)
+    assert official < low < whole < high
+    endless = evaluate_rankings(ranked[:, :depth], truth, num_distractors=10**12).sections[setup].bounds["map"]
+    assert 100 * endless[:, 0].mean() == pytest.approx(official, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[:4], "4 rankings, the ground truth has 5"),
+        (lambda rows: np.where(np.arange(20) == 3, 1200, rows), r"ranking of a names row 1200; .* have 1200 rows"),
+        (lambda rows: np.where(np.arange(20) == 3, -2, rows), "names row -2"),
+        (lambda rows: np.where(np.arange(20) == 3, -1, rows), "ranking of a goes on behind a -1"),
+        (lambda rows: np.concatenate([rows, rows[:, 4:5]], axis=1), r"ranking of a names row \d+ more than once"),
+    ],
+)
+def test_lists_that_are_no_ranking_are_refused(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    truth, queries, database, distractors = small_benchmark()
+    ranked = ranked_by_sorting(queries, np.concatenate([database, distractors]))[:, :20]
+    with pytest.raises(DataError, match=message):
+        evaluate_rankings(change(ranked), truth, num_distractors=1000)
+
+
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_the_nearest_are_the_start_of_the_ranking_whatever_the_files(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest_module, "_BLOCK_ROWS", 64)
+    # Whole numbers: products are exact, and many scores are equal.
+    vectors = np.random.default_rng(0).integers(-2, 3, (250, 4)).astype(np.float16)
+    queries, database, distractors = vectors[:5], vectors[5:105], vectors[105:]
+    hits = nearest(queries, database, [distractors[:70], distractors[70:]], k=k)
+    expected = ranked_by_sorting(queries, vectors[5:])
+    num_found = min(k, 245)
+    np.testing.assert_array_equal(hits.ids[:, :num_found], expected[:, :num_found])
+    assert (hits.ids[:, num_found:] == -1).all()
+    assert hits.ids.shape == hits.scores.shape == (5, k)
+    with pytest.raises(DataError, match="rows 64 to 103"):
+        nearest(queries, database, [np.full((3, 4), np.nan)], k=k)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +456,18 @@ def test_json_holds_percent_counts_and_the_record() -> None:
 )
 def test_descriptors_that_do_not_fit_are_refused(change, message: str) -> None:  # type: ignore[no-untyped-def]
     truth, queries, database, _ = small_benchmark()
+    changed_queries, changed_database = change(queries, database)
     with pytest.raises(DataError, match=message):
-        evaluate_descriptors(*change(queries, database), truth)
-    with pytest.raises(DataError, match="distractors 0 to"):
-        evaluate_descriptors(queries, database, truth, distractors=[np.full((3, 16), np.inf, np.float32)])
+        evaluate_descriptors(changed_queries, changed_database, truth)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_one_value_that_is_not_finite_among_the_distractors_is_refused(value: float) -> None:
+    truth, queries, database, _ = small_benchmark()
+    distractors = np.zeros((300, 16), np.float32)
+    distractors[123] = value  # 3e38 is finite, its products are not
+    with pytest.raises(DataError, match="distractors 0 to 300: the scores of distractors hold NaN or infinity"):
+        evaluate_descriptors(queries * 8, database, truth, distractors=[distractors])
 
 
 class _Evil:
@@ -210,8 +488,8 @@ def test_a_ground_truth_that_would_run_code_is_refused(tmp_path: Path, capsys: p
 
 def test_the_definitions_by_hand() -> None:
     # Relevant at positions 0 and 3: ((1 + 1)/2 + (1/3 + 2/4)/2) / 2.
-    assert average_precision(np.array([0, 3])) == pytest.approx((1 + (1 / 3 + 1 / 2) / 2) / 2)
-    assert np.isnan(average_precision(np.zeros(0, np.int64)))
+    assert trapezoid_average_precision(np.array([0, 3])) == pytest.approx((1 + (1 / 3 + 1 / 2) / 2) / 2)
+    assert np.isnan(trapezoid_average_precision(np.zeros(0, np.int64)))
     # Both stand before 10, so k shrinks to 4.
-    assert precision_at_k(np.array([0, 3]), 10) == 0.5
-    assert precision_at_k(np.array([0, 3]), 1) == 1
+    assert landmark_precision_at_k(np.array([0, 3]), 10) == 0.5
+    assert landmark_precision_at_k(np.array([0, 3]), 1) == 1
