@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.bootstrap import bootstrap_means
-from evaluation.result import Result, Section, read_result
+from evaluation.result import Result, Section, read_result, rounded
 from lookalike.errors import DataError, ManifestMismatch
 
 RESULT_NAME = "result.json"
@@ -26,6 +26,10 @@ class Difference:
     high: float
     wins: int  # queries that got better
     losses: int
+
+    def as_json(self) -> dict[str, Any]:
+        numbers = {name: rounded(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return {**numbers, "is_within_noise": self.is_within_noise}
 
     @property
     def is_within_noise(self) -> bool:
@@ -98,10 +102,7 @@ def compare_results(before: Result, after: Result) -> dict[str, dict[str, Differ
 def compare(before: Path, after: Path) -> tuple[dict[str, Any], list[str]]:
     """`compare_results` of two files or folders, as JSON and as lines of text."""
     found = compare_results(open_result(before), open_result(after))
-    tree = {
-        section: {name: {**asdict(own), "is_within_noise": own.is_within_noise} for name, own in metrics.items()}
-        for section, metrics in found.items()
-    }
+    tree = {section: {name: own.as_json() for name, own in metrics.items()} for section, metrics in found.items()}
     lines = [line for section, metrics in found.items() for line in difference_lines(section, metrics)]
     return {"before": str(before), "after": str(after), "sections": tree}, lines
 

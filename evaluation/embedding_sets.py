@@ -1,7 +1,7 @@
 """Embedding sets of the same pictures, judged on the pictures' own classes: what `lookalike evaluate SETS` does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,7 @@ def _told(contenders: Sequence[Contender], out: Path | None) -> tuple[dict[str, 
     tree = {
         "contenders": {contender.name: summary_tree(contender.result) for contender in contenders},
         "lead": {
-            name: {
-                metric: {**asdict(own), "is_within_noise": own.is_within_noise}
-                for metric, own in sections[SECTION].items()
-            }
+            name: {metric: own.as_json() for metric, own in sections[SECTION].items()}
             for name, sections in differences.items()
         },
     }

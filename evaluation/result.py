@@ -78,7 +78,7 @@ def result_tree(result: Result) -> dict[str, Any]:
         **{name: _section_tree(section) for name, section in result.sections.items()},
         "sections": list(result.sections),
         "curve": [
-            {"num_distractors": point.num_distractors, **{name: _percent(v) for name, v in point.maps.items()}}
+            {"num_distractors": point.num_distractors, **{name: rounded(_percent(v)) for name, v in point.maps.items()}}
             for point in result.curve
         ],
         "warnings": list(result.warnings),
@@ -87,11 +87,11 @@ def result_tree(result: Result) -> dict[str, Any]:
 
 
 def _section_tree(section: Section) -> dict[str, Any]:
-    known = {name: _percent(section.mean(name)) for name in section.per_query}
+    known = {name: rounded(_percent(section.mean(name))) for name in section.per_query}
     intervals: dict[str, dict[str, list[float | None]]] = {name: {} for name in section.per_query}
     for kind in ("by_query", "by_cluster"):
         for name, estimate in section.estimates(by_cluster=kind == "by_cluster").items():
-            intervals[name][kind] = [_percent(estimate.low), _percent(estimate.high)]
+            intervals[name][kind] = [rounded(_percent(bound)) for bound in (estimate.low, estimate.high)]
     per_query = {name: [_percent(v) for v in values.tolist()] for name, values in section.per_query.items()}
     tree: dict[str, Any] = {
         **known,
@@ -100,7 +100,7 @@ def _section_tree(section: Section) -> dict[str, Any]:
         "num_queries": num_queries(section),
         "intervals": intervals,
         "bounds": {
-            name: [_percent(mean_of_known(values[:, side])) for side in (0, 1)]
+            name: [rounded(_percent(mean_of_known(values[:, side]))) for side in (0, 1)]
             for name, values in section.bounds.items()
         },
         "queries": list(section.query_names),
@@ -174,6 +174,11 @@ def _read_point(tree: Mapping[str, Any]) -> CurvePoint:
 def _percent(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else 100 * float(value)
+
+
+def rounded(percent: float | None) -> float | None:
+    """To ten decimals, so that a mean of values that went through JSON, and lost a last bit there, is the same mean."""
+    return None if percent is None or math.isnan(percent) else round(percent, 10)
 
 
 def _fractions(values: Sequence[Any]) -> Float64[ndarray, "..."]:

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
-import numpy as np
-
 from data_pipelines.sources import SourcePicture, pixel_box, safe_keys
 from data_pipelines.sources.data_set import DataSet, OfficialCount
-from data_pipelines.sources.mat_files import read_mat
 from lookalike.errors import DataError
 
 
@@ -75,7 +72,10 @@ def read_ground_truth(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             suffix = file.suffix.lower()
             if suffix == ".mat":
-                contents = _plain_lists(read_mat(file))
+                # Its numbers are arrays, whose library the help and the other sources need not load.
+                from data_pipelines.sources.revisited_mat import read_mat_ground_truth
+
+                contents = read_mat_ground_truth(file)
             else:
                 contents = json.load(stream) if suffix == ".json" else _PlainUnpickler(stream).load()
     except _NotPlain as error:
@@ -97,27 +97,6 @@ def read_ground_truth(file: Path) -> dict[str, Any]:
     if not is_complete:
         raise DataError(f"{file} should hold imlist, qimlist and, for each name of the latter, an entry of gnd.")
     return dict(contents)
-
-
-def _plain_lists(contents: dict[str, Any]) -> dict[str, Any]:
-    """A MATLAB file's cells and structs as the pickle's lists and dicts; lists of one arrive there as their element."""
-    names = {name: [str(entry) for entry in np.ravel(contents[name])] for name in ("imlist", "qimlist")}
-    structs = np.ravel(contents["gnd"])
-    gnd = [
-        {
-            "bbx": np.ravel(struct["bbx"]).astype(np.float64).tolist(),
-            **{name: _positions_from_0(struct[name]) for name in ("easy", "hard", "junk")},
-        }
-        for struct in structs
-    ]
-    return {**names, "gnd": gnd}
-
-
-def _positions_from_0(positions: Any) -> list[int]:
-    whole = np.ravel(positions).astype(np.int64)
-    if not np.array_equal(whole, np.ravel(positions)):
-        raise ValueError(f"{positions} are no whole numbers")
-    return (whole - 1).tolist()
 
 
 class _NotPlain(Exception):
