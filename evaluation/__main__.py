@@ -1,8 +1,9 @@
 """`lookalike evaluate`: embedding sets, a benchmark from shards or through a server, anybody's descriptors."""
 
+import inspect
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,7 +33,9 @@ GroundTruth = Annotated[Path | None, typer.Option(help="Official gnd_*.pkl, .mat
 Solution = Annotated[Path | None, typer.Option(help="Official retrieval_solution_v2.1.csv of Google Landmarks.")]
 GallerySplit = Annotated[str | None, typer.Option(help="Split of the gallery, if not the benchmark's own.")]
 QuerySplit = Annotated[str | None, typer.Option(help="Split of the queries; classes: they search the gallery split.")]
-Depth = Annotated[int, typer.Option(min=1, help="Hits asked of an index or a server at most.")]
+Depth = Annotated[
+    int, typer.Option(min=1, help="Hits asked of an index or a server at most, beyond those that the k need.")
+]
 
 
 @app.command()
@@ -94,9 +97,12 @@ def run(
     from evaluation.benchmarks import find_benchmark
     from evaluation.run import RunOptions, evaluate_run, open_encoder
 
+    given = dict(locals())
     if (checkpoint is None) == (pretrained is None):
         raise SettingsError("give either --checkpoint or --pretrained.")
     chosen = find_benchmark(benchmark, ks=parse_ks(ks), gallery_split=gallery_split, query_split=query_split)
+    _refuse(run, given, ["ties" if index else "depth"], where="with --index" if index else "without --index")
+    _refuse(run, given, ["image_size"] if checkpoint else [], where="with --checkpoint")
     options = RunOptions(out, ties, index, depth, ground_truth, distractors, solution, training_shards)
     outputs = _outputs(out / "result.json", out / "report" if report else None, previous)
     with _processes() as world:
@@ -133,7 +139,14 @@ def url(
     from evaluation.benchmarks import find_benchmark
     from evaluation.url import UrlOptions, evaluate_url
 
+    given = dict(locals())
     chosen = find_benchmark(benchmark, ks=parse_ks(ks), gallery_split=gallery_split, query_split=query_split)
+    unused = {
+        "classes": ["folder", "ground_truth", "solution"],
+        "landmarks": ["solution"],
+        "retrieval": ["folder", "ground_truth", "depth"],
+    }
+    _refuse(url, given, unused[chosen.kind], where=f"for {benchmark}")
     options = UrlOptions(address, shards, folder, ground_truth, solution, exact, depth, connections, offline)
     tree, lines = evaluate_url(chosen, options, _outputs(_file(json_file), report, previous))
     print_result(tree, as_json=_prints(json_file), lines=lambda: lines)
@@ -177,41 +190,54 @@ def descriptors(
     previous: Previous = None,
 ) -> None:
     """Judge vectors or rankings of any program, exact with millions of distractors, alone or under torchrun."""
-    given = {
-        "--queries": queries,
-        "--database": database,
-        "--ground-truth": ground_truth,
-        "--distractors": distractors,
-        "--rankings": rankings,
-        "--query-labels": query_labels,
-        "--database-labels": database_labels,
-        "--query-ids": query_ids,
-        "--database-ids": database_ids,
-        "--pictures": pictures,
-    }
+    given = dict(locals())
     outputs = _outputs(_file(json_file), report, previous)
     if benchmark == "labels":
-        needed = ["--queries", "--query-labels", *(["--database-labels"] if database else [])]
-        used = [*needed, "--database", "--query-ids", *(["--database-ids"] if database else [])]
-        _require_options("labels", given, needed=needed, used=used)
+        used = ["queries", "query_labels", "query_ids", "ties", "ks", "nmi"]
+        used += ["database", "database_labels", "database_ids"] if database else ["protocol"]
+        used += ["num_seeds"] if protocol == "random-gallery" else []
+        _require(given, ["queries", "query_labels", *(["database_labels"] if database else [])], benchmark)
         evaluate = _labels(queries, query_labels, database, database_labels, query_ids, database_ids)
         keywords: dict[str, Any] = {
             "protocol": "query_gallery" if database else protocol.replace("-", "_"),
             "ks": parse_ks(ks) or (1, 5, 10),
             "num_seeds": num_seeds,
             "with_nmi": nmi,
+            "ties": ties,
         }
-    else:
-        needed = ["--ground-truth", *(["--rankings"] if rankings else ["--queries", "--database"])]
-        used = [*needed, *([] if rankings else ["--distractors", "--pictures"])]
-        _require_options(benchmark, given, needed=needed, used=used)
-        evaluate = _landmarks(
-            benchmark, ground_truth, queries, database, distractors, rankings, num_distractors, pictures
-        )
+    elif rankings:
+        used = ["ground_truth", "rankings", "num_distractors"]
+        _require(given, ["ground_truth"], benchmark)
+        evaluate = _landmarks(benchmark, ground_truth, None, None, None, rankings, num_distractors, None)
         keywords = {}
+    else:
+        used = ["ground_truth", "queries", "database", "distractors", "ties", *(["pictures"] if report else [])]
+        _require(given, ["ground_truth", "queries", "database"], benchmark)
+        evaluate = _landmarks(benchmark, ground_truth, queries, database, distractors, None, 0, pictures)
+        keywords = {"ties": ties}
+    used += ["benchmark", "json_file", "report", "previous"]
+    _refuse(descriptors, given, [name for name in given if name not in used], where="here")
     with _processes() as world:
-        tree, lines = evaluate(outputs, ties=ties, world=world, **keywords)
+        tree, lines = evaluate(outputs, world=world, **keywords)
         _print_from_first(world, tree, as_json=_prints(json_file), lines=lambda: lines)
+
+
+@app.command()
+def submission(
+    task: Annotated[Literal["retrieval", "recognition"], typer.Argument(help="Of Google Landmarks v2.")],
+    solution: Annotated[Path, typer.Option(help="Official *_solution_v2.1.csv.")],
+    predictions: Annotated[Path, typer.Option(help="Submission in the official format.")],
+    json_file: JsonFile = None,
+    report: Report = None,
+    previous: Previous = None,
+) -> None:
+    """Score an official submission of Google Landmarks v2: mAP@100, or GAP."""
+    from evaluation.gldv2.evaluate import evaluate_submission
+
+    tree, lines = evaluate_submission(
+        task, solution=solution, predictions=predictions, outputs=_outputs(_file(json_file), report, previous)
+    )
+    print_result(tree, as_json=_prints(json_file), lines=lambda: lines)
 
 
 @app.command()
@@ -274,13 +300,22 @@ def _landmarks(
     return lambda outputs, **keywords: evaluate_landmark_files(benchmark, files, outputs, **keywords)
 
 
-def _require_options(benchmark: str, given: dict[str, Any], *, needed: Sequence[str], used: Sequence[str]) -> None:
-    for option in needed:
-        if given[option] is None:
-            raise SettingsError(f"--benchmark {benchmark} needs {option}.")
-    for option, value in given.items():
-        if value and option not in used:
-            raise SettingsError(f"--benchmark {benchmark} does not use {option} here.")
+def _require(given: Mapping[str, Any], names: Sequence[str], benchmark: str) -> None:
+    for name in names:
+        if given[name] is None:
+            raise SettingsError(f"--benchmark {benchmark} needs {_option(name)}.")
+
+
+def _refuse(command: Callable[..., None], given: Mapping[str, Any], names: Sequence[str], *, where: str) -> None:
+    """Raises SettingsError where one of these options of a command is not as by default: it would have no effect."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    for name in names:
+        if given[name] != defaults[name]:
+            raise SettingsError(f"{_option(name)} has no effect {where}.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.removesuffix('_file').replace('_', '-')}"
 
 
 def _outputs(json_file: Path | None, report: Path | None, previous: list[Path] | None) -> "Outputs":
@@ -321,7 +356,7 @@ def _print_from_first(world: "World", tree: dict[str, Any], **options: Any) -> N
         print_result(tree, **options)
 
 
-_COMMANDS = ("leave-one-out", "run", "url", "descriptors", "compare")
+_COMMANDS = ("leave-one-out", "run", "url", "descriptors", "submission", "compare")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m evaluation") -> None:

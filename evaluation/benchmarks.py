@@ -9,6 +9,7 @@ from typing import Literal
 
 from lookalike.errors import SettingsError
 
+Kind = Literal["classes", "landmarks", "retrieval"]
 ClassProtocol = Literal["leave_one_out", "random_gallery", "query_gallery"]
 
 
@@ -22,6 +23,10 @@ class ClassBenchmark:
     query_split: str | None = None  # None: the gallery's own pictures
     protocols: tuple[ClassProtocol, ...] = ("leave_one_out",)
 
+    @property
+    def kind(self) -> Kind:
+        return "classes"
+
 
 @dataclass(frozen=True, slots=True)
 class LandmarkBenchmark:
@@ -32,6 +37,10 @@ class LandmarkBenchmark:
     gallery_split: str = "gallery"
     query_split: str = "query"
 
+    @property
+    def kind(self) -> Kind:
+        return "landmarks"
+
 
 @dataclass(frozen=True, slots=True)
 class RetrievalBenchmark:
@@ -40,6 +49,10 @@ class RetrievalBenchmark:
     name: Literal["gldv2"] = "gldv2"
     gallery_split: str = "index"
     query_split: str = "test"
+
+    @property
+    def kind(self) -> Kind:
+        return "retrieval"
 
 
 Benchmark = ClassBenchmark | LandmarkBenchmark | RetrievalBenchmark
@@ -81,6 +94,9 @@ def find_benchmark(
     if gallery_split:
         benchmark = replace(benchmark, gallery_split=gallery_split)
     if isinstance(benchmark, ClassBenchmark):
+        if gallery_split or query_split:
+            # Of other pictures, so no number of the benchmark may stand beside it.
+            benchmark = replace(benchmark, name="classes")
         if query_split:
             benchmark = replace(benchmark, query_split=query_split, protocols=("query_gallery",))
         return replace(benchmark, ks=ks) if ks else benchmark

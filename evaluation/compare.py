@@ -1,5 +1,6 @@
 """Two results of the same queries, compared query by query: what `lookalike evaluate compare` prints."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from evaluation.bootstrap import bootstrap_means
+from evaluation.record import UNKNOWN
 from evaluation.result import Result, Section, read_result, rounded
 from lookalike.errors import DataError, ManifestMismatch
 
 RESULT_NAME = "result.json"
 _ROUNDING = 1e-12
+# Fields of the record that decide what a number means, whoever made the vectors.
+_RECORDED = ("protocol", "num_distractors", "ties", "crop", "similarity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,43 @@ def compare_results(before: Result, after: Result) -> dict[str, dict[str, Differ
 
 def compare(before: Path, after: Path) -> tuple[dict[str, Any], list[str]]:
     """`compare_results` of two files or folders, as JSON and as lines of text."""
-    found = compare_results(open_result(before), open_result(after))
+    first, second = open_result(before), open_result(after)
+    found = compare_results(first, second)
     tree = {section: {name: own.as_json() for name, own in metrics.items()} for section, metrics in found.items()}
-    lines = [line for section, metrics in found.items() for line in difference_lines(section, metrics)]
-    return {"before": str(before), "after": str(after), "sections": tree}, lines
+    return {
+        "before": str(before),
+        "after": str(after),
+        "sections": tree,
+        "remarks": remarks(first, second),
+    }, comparison_lines(first, second)
+
+
+def comparison_lines(before: Result, after: Result, *, only: Sequence[str] | None = None) -> list[str]:
+    """The differences of `only` some metrics, or of all, and what stands against comparing."""
+    found = compare_results(before, after)
+    lines = [line for section, metrics in found.items() for line in difference_lines(section, metrics, only=only)]
+    return [*lines, *remarks(before, after)]
+
+
+def remarks(before: Result, after: Result) -> list[str]:
+    """Sentences on what was not compared, and on what was measured differently."""
+    found = []
+    for name in dict.fromkeys([*before.sections, *after.sections]):
+        if name not in before.sections or name not in after.sections:
+            found.append(f"not compared: section {name} is in one of the results only")
+            continue
+        first, second = before.sections[name], after.sections[name]
+        for metric in dict.fromkeys([*first.per_query, *first.bounds, *second.per_query, *second.bounds]):
+            bounded = [side for side, own in (("before", first), ("after", second)) if metric in own.bounds]
+            if bounded:
+                found.append(f"not compared: {name} {metric} is only bounded {' and '.join(bounded)}")
+            elif metric not in first.per_query or metric not in second.per_query:
+                found.append(f"not compared: {name} {metric} is in one of the results only")
+    for field in _RECORDED:
+        own, other = before.record.get(field, UNKNOWN), after.record.get(field, UNKNOWN)
+        if own != other and UNKNOWN not in (own, other):
+            found.append(f"measured differently: {field.replace('_', ' ')} {own} before, {other} after")
+    return found
 
 
 def difference_lines(section: str, metrics: dict[str, Difference], *, only: Sequence[str] | None = None) -> list[str]:
@@ -113,7 +150,12 @@ def difference_lines(section: str, metrics: dict[str, Difference], *, only: Sequ
     width = max(map(len, shown), default=0)
     return [
         f"{name:<{width}}  {own.before:6.2f} -> {own.after:6.2f}  {own.difference:+.2f} "
-        f"[{own.low:+.2f}, {own.high:+.2f}]  {own.wins:,} won, {own.losses:,} lost"
+        f"[{_bound(own.low)}, {_bound(own.high)}]  {own.wins:,} won, {own.losses:,} lost"
         + ("  within noise" if own.is_within_noise else "")
         for name, own in shown.items()
     ]
+
+
+def _bound(percent: float) -> str:
+    """A question mark where nothing is known about other clusters."""
+    return "?" if math.isnan(percent) else f"{percent:+.2f}"

@@ -28,6 +28,7 @@ from evaluation.revisited.rankings import evaluate_rankings
 from evaluation.validators import (
     duplicates,
     effect_of_duplicates,
+    has_copy,
     has_twin,
     impossible_values,
     norms,
@@ -35,7 +36,14 @@ from evaluation.validators import (
     row_hashes,
     share_of_copies,
 )
-from evaluation.vector_files import load_ids, load_labels, load_vector_parts, load_vectors, provenance
+from evaluation.vector_files import (
+    load_ids,
+    load_labels,
+    load_rankings,
+    load_vector_parts,
+    load_vectors,
+    provenance,
+)
 from lookalike.artifacts import file_sha256
 from lookalike.errors import DataError
 from lookalike.world import World
@@ -84,6 +92,8 @@ def evaluate_landmark_files(
         DataError: a file cannot be read, or counts, dimensions or values do not fit.
     """
     outputs.check()
+    if files.pictures and not files.pictures.is_dir():
+        raise DataError(f"{files.pictures} is no folder of pictures.")
     truth = load_ground_truth(files.ground_truth)
     official = BENCHMARKS[benchmark]
     assert isinstance(official, LandmarkBenchmark)
@@ -150,7 +160,7 @@ def evaluate_landmark_files(
 
 def _judge_rankings(benchmark: str, files: LandmarkFiles, truth: GroundTruth) -> Result:
     assert files.rankings is not None
-    ranked = _load_rankings(files.rankings)
+    ranked = load_rankings(files.rankings)
     outcome = evaluate_rankings(ranked, truth, num_distractors=files.num_distractors)
     record = record_of_files(
         benchmark, LANDMARK_PROTOCOL, {}, ground_truth=truth.sha256, ties="as the rankings order them"
@@ -191,6 +201,12 @@ def evaluate_label_files(
         )
         roles["gallery"] = [provenance(files.database, [gallery])]
         warnings += norms("database", gallery)
+        if max(len(vectors), len(gallery)) <= _MOST_ROWS_HASHED and not files.query_ids:
+            hashes, metric = row_hashes(gallery), f"hit_rate@{ks[0]}"
+            is_copied = has_copy(row_hashes(vectors), hashes)
+            warnings += effect_of_duplicates(
+                metric, section.per_query[metric], is_copied, share=float(is_copied.mean())
+            )
     elif protocol == "leave_one_out":
         section = leave_one_out(vectors, ids, labels, ks=ks, ties=ties, world=world)
         if len(vectors) <= _MOST_ROWS_HASHED:
@@ -223,16 +239,6 @@ def _copies(section: Section, metric: str, vectors: ndarray, ids: Int64[ndarray,
 
 def _ids(file: Path | None, count: int, *, first: int) -> Int64[ndarray, "rows"]:
     return load_ids(file) if file else np.arange(first, first + count)
-
-
-def _load_rankings(file: Path) -> Int64[ndarray, "queries depth"]:
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file} cannot be read as .npy: {error}.") from error
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{file}: expected whole numbers, a row per query, found {array.dtype} of shape {array.shape}.")
-    return array.astype(np.int64)
 
 
 def _query_shelf(truth: GroundTruth, folder: Path | None) -> FolderShelf:

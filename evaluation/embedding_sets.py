@@ -12,6 +12,7 @@ from numpy import ndarray
 from data_pipelines.shard_set import ShardSet
 from evaluation.benchmarks import ClassProtocol
 from evaluation.classes.given_rankings import judge_rankings
+from evaluation.classes.pictures import have_company
 from evaluation.classes.protocols import leave_one_out
 from evaluation.compare import compare_results, difference_lines
 from evaluation.galleries import spread_queries
@@ -157,6 +158,7 @@ def _table(contenders: Sequence[Contender]) -> list[str]:
 
 def _judge(shard_set: ShardSet, embeddings: EmbeddingSet, index: PublishedIndex | None, ks: Sequence[int]) -> Result:
     pictures = _pictures_of(shard_set, embeddings)
+    kept = have_company(pictures.labels)
     search = None
     if index is None:
         section = leave_one_out(pictures.vectors, pictures.ids, pictures.labels, ks=ks, names=pictures.names)
@@ -164,9 +166,10 @@ def _judge(shard_set: ShardSet, embeddings: EmbeddingSet, index: PublishedIndex 
         largest_class = int(np.unique(pictures.labels, return_counts=True)[1].max())
         # One more, since the query itself is among the hits.
         search = SearchParameters(k=min(1 + max(*ks, largest_class), index.num_vectors))
-        hits = index.search(pictures.vectors, search)
+        hits = index.search(pictures.vectors[kept], search)
+        names = [name for name, is_kept in zip(pictures.names, kept, strict=True) if is_kept]
         section = judge_rankings(
-            hits.ids, pictures.ids, pictures.labels, pictures.ids, pictures.labels, ks=ks, names=pictures.names
+            hits.ids, pictures.ids[kept], pictures.labels[kept], pictures.ids, pictures.labels, ks=ks, names=names
         )
     record = record_of_embeddings(
         "classes",

@@ -64,6 +64,21 @@ class ShardShelf:
 
 
 @dataclass(frozen=True)
+class ShelfBehind:
+    """A shelf whose numbers follow those of another one: distractors behind the database."""
+
+    first: Shelf
+    num_first: int
+    behind: Shelf
+
+    def name(self, number: int) -> str:
+        return self.first.name(number) if number < self.num_first else self.behind.name(number - self.num_first)
+
+    def jpeg(self, number: int) -> bytes | None:
+        return self.first.jpeg(number) if number < self.num_first else self.behind.jpeg(number - self.num_first)
+
+
+@dataclass(frozen=True)
 class FolderShelf:
     """Files of known names in a folder; without the folder only the names."""
 

@@ -3,10 +3,15 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from lookalike.api_client import ApiClient, Hit, SearchAnswer, ServerInfo
-from lookalike.errors import ManifestMismatch
+from lookalike.api_client import ApiClient, Hit, ServerInfo
+from lookalike.errors import ManifestMismatch, SettingsError
 from lookalike.progress import Progress
+
+_NUM_SAMPLED = 200
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,34 +24,54 @@ class PictureQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerRankings:
+class ServerRankings(Generic[Kept]):
     """What one index version of one server answered to every query."""
 
     info: ServerInfo
-    hits: list[tuple[Hit, ...]]  # best first, per query
+    answers: list[Kept]  # what was kept of each list of hits
+    sampled_keys: tuple[str, ...]  # of random pictures of the server's gallery
     k: int  # hits asked for
     is_exact: bool
+    warnings: tuple[str, ...] = ()
 
 
 def ask_server(
-    url: str, queries: Sequence[PictureQuery], *, k: int, exact: bool, num_connections: int = 4
-) -> ServerRankings:
+    url: str,
+    queries: Sequence[PictureQuery],
+    keep: Callable[[tuple[Hit, ...]], Kept],
+    *,
+    k: int,
+    exact: bool,
+    num_connections: int = 4,
+) -> ServerRankings[Kept]:
     """Sends every query, several at a time, and keeps the order.
 
     Args:
+        keep: What is kept of a query's hits; all hits of all queries would take gigabytes.
         k: Hits wanted; the server's own limit may be lower.
         exact: Let the server compare with every vector.
 
     Raises:
+        SettingsError: `url` is no address.
         ResourceError: the server does not answer, or refuses a query.
         ManifestMismatch: the index was swapped in between, so that the answers do not belong together.
     """
-    with ApiClient(url) as client, Progress(len(queries), description="searching", unit="queries") as progress:
+    try:
+        connected = ApiClient(url)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
+    with connected as client, Progress(len(queries), description="searching", unit="queries") as progress:
         info = client.info()
         asked = min(k, info.limits.max_k)
 
-        def ask(query: PictureQuery) -> SearchAnswer:
-            return client.search(query.read(), roi=query.roi, k=asked, exact=exact)
+        def ask(query: PictureQuery) -> Kept:
+            answer = client.search(query.read(), roi=query.roi, k=asked, exact=exact)
+            if (answer.index_version, answer.encoder_fingerprint) != (info.index_version, info.encoder_fingerprint):
+                raise ManifestMismatch(
+                    f"{url} answered {query.name} from index version {answer.index_version}, earlier queries from "
+                    f"{info.index_version}: it was swapped meanwhile. Run the evaluation again."
+                )
+            return keep(answer.hits)
 
         answers = []
         with ThreadPoolExecutor(num_connections) as pool:
@@ -59,10 +84,12 @@ def ask_server(
                 for future in futures:
                     future.cancel()
                 raise
-    for query, answer in zip(queries, answers, strict=True):
-        if (answer.index_version, answer.encoder_fingerprint) != (info.index_version, info.encoder_fingerprint):
-            raise ManifestMismatch(
-                f"{url} answered {query.name} from index version {answer.index_version}, earlier queries from "
-                f"{info.index_version}: it was swapped meanwhile. Run the evaluation again."
-            )
-    return ServerRankings(info, [answer.hits for answer in answers], asked, exact)
+        sampled = client.items(min(_NUM_SAMPLED, info.limits.max_items), seed=0)
+    needed = min(k, info.num_vectors)
+    warnings: tuple[str, ...] = ()
+    if asked < needed:
+        warnings = (
+            f"The server gives at most {asked:,} hits, {needed:,} were wanted: metrics that need them are only "
+            "bounded. Its setting limits.max_k raises that.",
+        )
+    return ServerRankings(info, answers, tuple(item.key for item in sampled), asked, exact, warnings)

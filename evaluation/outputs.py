@@ -1,16 +1,17 @@
 """How every evaluation ends: the JSON file, the report, the comparison with earlier results, and the lines printed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare import compare_results, difference_lines, open_result
+from evaluation.compare import comparison_lines, open_result
 from evaluation.galleries import Pictures
 from evaluation.metrics import RECALL_LEVELS
 from evaluation.reporting.folder import REPORT_NAME, require_replaceable, write_report
 from evaluation.reporting.values import Contender, PrecisionRecall
 from evaluation.result import Result, summary_tree, table_lines, write_result
+from lookalike.errors import SettingsError
 
 # Of all differences to an earlier result the terminal shows these.
 _HEADLINES = ("map", "map@r", "hit_rate@1", "map@100")
@@ -29,9 +30,13 @@ class Outputs:
         """Before the first slow step.
 
         Raises:
+            SettingsError: the numbers cannot be written where they should go.
             ArtifactError: something that is not an evaluation lies where the report should go.
             DataError: an earlier result cannot be read.
         """
+        if self.json_file and (self.json_file.is_dir() or not self.json_file.parent.is_dir()):
+            reason = "is a folder" if self.json_file.is_dir() else f"has no folder {self.json_file.parent} to lie in"
+            raise SettingsError(f"the numbers cannot be written: {self.json_file} {reason}.")
         if self.report:
             require_replaceable(self.report)
         for path in self.previous:
@@ -58,9 +63,7 @@ def conclude(
     baselines = [Contender(_name_of(path), open_result(path)) for path in outputs.previous]
     lines = [*_about(result), *table_lines(result)]
     for baseline in baselines:
-        lines.append(f"against {baseline.name}:")
-        for section, metrics in compare_results(baseline.result, result).items():
-            lines += difference_lines(section, metrics, only=_HEADLINES)
+        lines += [f"against {baseline.name}:", *comparison_lines(baseline.result, result, only=_HEADLINES)]
     if outputs.json_file:
         write_result(outputs.json_file, result)
         lines.append(f"result: {outputs.json_file}")
@@ -103,8 +106,3 @@ def _about(result: Result) -> list[str]:
 
 def _name_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
-
-
-def joined_command(program: str, arguments: Sequence[object]) -> str:
-    """As somebody would type it again."""
-    return " ".join([program, *map(str, arguments)])

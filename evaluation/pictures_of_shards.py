@@ -55,12 +55,14 @@ def class_pictures(
     gallery: LabelledPictures,
     *,
     choose: Callable[[Float64[ndarray, "_"]], Int64[ndarray, "_"]] = worst_queries,
+    nearest: Callable[[Int64[ndarray, "_"], int], SearchHits] | None = None,
     rivals: Mapping[str, LabelledPictures] = {},
 ) -> Pictures:
-    """Queries of pictures with classes and the start of their rankings, made by brute force.
+    """Queries of pictures with classes and the start of their rankings.
 
     Args:
         choose: Places of the queries to show, by their MAP@R.
+        nearest: Ranks queries at some places, each without itself, as they were judged; brute force where None.
         rivals: The same gallery under other vectors, whose rankings are shown below.
     """
     metric = _CLASSES_MAIN_METRIC
@@ -72,7 +74,10 @@ def class_pictures(
     if not len(places):
         return Pictures()
     vectors = np.ascontiguousarray(queries.vectors[places], np.float32)
-    hits = exact_search(vectors, gallery.vectors, gallery.ids, k=_DEPTH, excluded_ids=queries.ids[places])
+    if nearest:
+        hits = nearest(places, _DEPTH)
+    else:
+        hits = exact_search(vectors, gallery.vectors, gallery.ids, k=_DEPTH, excluded_ids=queries.ids[places])
     hits_of_rivals = {
         name: exact_search(
             np.ascontiguousarray(rival.vectors[places], np.float32),

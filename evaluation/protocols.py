@@ -1,5 +1,6 @@
 """Sentences that say how each protocol judges, and small steps that offline and live evaluation share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
-from evaluation.benchmarks import ClassProtocol, LandmarkBenchmark
+from evaluation.benchmarks import ClassBenchmark, ClassProtocol, LandmarkBenchmark
 from evaluation.gldv2.retrieval import RetrievalScores
 from evaluation.result import Section
 from evaluation.revisited.ground_truth import GroundTruth
@@ -18,6 +19,15 @@ CLASS_PROTOCOLS: dict[ClassProtocol, str] = {
     "random_gallery": "one random picture of each class is the gallery, all others search it; repeated with seeds",
     "query_gallery": "given queries search a given gallery; found are pictures of their class",
 }
+
+
+def class_protocol(sections: Sequence[str], benchmark: ClassBenchmark) -> str:
+    """What was done, with which splits."""
+    told = "; ".join(text for name, text in CLASS_PROTOCOLS.items() if name in sections)
+    queries = f", queries: {benchmark.query_split}" if benchmark.query_split else ""
+    return f"{told} (gallery: {benchmark.gallery_split or 'all splits'}{queries})"
+
+
 LANDMARK_PROTOCOL = (
     "queries search the database; junk is taken out of each ranking; average precision by the trapezoid rule; "
     "easy, medium and hard count what their names say as found"
@@ -52,8 +62,8 @@ def retrieval_sections(scores: RetrievalScores, facts: dict[str, Any]) -> dict[s
     """A section for each part of the solution that is scored."""
     sections = {}
     for usage in ("Public", "Private"):
-        own = scores.of_usage(usage)
-        if len(own.query_names):
+        if usage in scores.usages:
+            own = scores.of_usage(usage)
             sections[usage.lower()] = Section(
                 own.query_names,
                 np.arange(len(own.query_names)),

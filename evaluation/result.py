@@ -89,14 +89,16 @@ def result_tree(result: Result) -> dict[str, Any]:
 def _section_tree(section: Section) -> dict[str, Any]:
     known = {name: rounded(_percent(section.mean(name))) for name in section.per_query}
     intervals: dict[str, dict[str, list[float | None]]] = {name: {} for name in section.per_query}
-    for kind in ("by_query", "by_cluster"):
+    # Queries that occur once per seed do not err apart, so counting each alone would narrow the interval.
+    kinds = ("by_cluster",) if "num_seeds" in section.facts else ("by_query", "by_cluster")
+    for kind in kinds:
         for name, estimate in section.estimates(by_cluster=kind == "by_cluster").items():
             intervals[name][kind] = [rounded(_percent(bound)) for bound in (estimate.low, estimate.high)]
     per_query = {name: [_percent(v) for v in values.tolist()] for name, values in section.per_query.items()}
     tree: dict[str, Any] = {
         **known,
         **dict.fromkeys(section.bounds, None),
-        **section.facts,
+        **_without_nan(section.facts),
         "num_queries": num_queries(section),
         "intervals": intervals,
         "bounds": {
@@ -116,6 +118,15 @@ def _section_tree(section: Section) -> dict[str, Any]:
     return tree
 
 
+def _without_nan(value: Any) -> Any:
+    """Facts as JSON allows them."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def num_queries(section: Section) -> int:
     """Queries that have a value: one without a relevant picture has none."""
     columns = [*section.per_query.values(), *(values[:, 0] for values in section.bounds.values())]
@@ -131,7 +142,7 @@ def summary_tree(result: Result) -> dict[str, Any]:
 
 
 def write_result(file: Path, result: Result) -> None:
-    write_text_atomically(file, json.dumps(result_tree(result), indent=1) + "\n")
+    write_text_atomically(file, json.dumps(result_tree(result), indent=1, allow_nan=False) + "\n")
 
 
 def read_result(file: Path) -> Result:
@@ -148,7 +159,7 @@ def read_result(file: Path) -> Result:
             curve=tuple(_read_point(point) for point in tree["curve"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not the result of an evaluation: {error!r}.") from error
+        raise DataError(f"{file} is not the result of an evaluation ({type(error).__name__}: {error}).") from error
 
 
 _PER_QUERY_KEYS = ("queries", "clusters", "per_query", "per_query_bounds", "aps")
@@ -195,7 +206,7 @@ def table_lines(result: Result) -> list[str]:
     for metric in metrics:
         cells = [cell(section, own, metric) for section, own in zip(sections, estimates, strict=True)]
         lines.append(" ".join([f"{metric:<{width}}", *(f"{text:>22}" for text in cells)]))
-    if all("tie_gap" in section.facts for section in sections):
+    if all(section.facts.get("tie_gap") is not None for section in sections):
         lines.append(" ".join([f"{'tie gap':<{width}}", *(f"{_map_gap(section):>22.3f}" for section in sections)]))
     lines.append(" ".join([f"{'queries':<{width}}", *(f"{num_queries(section):>22,}" for section in sections)]))
     for name, section in result.sections.items():

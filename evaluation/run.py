@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from numpy import ndarray
 
 from data_pipelines.shard_set import ShardSet
 from evaluation.benchmarks import Benchmark, ClassBenchmark, ClassProtocol, LandmarkBenchmark, RetrievalBenchmark
-from evaluation.classes.given_rankings import judge_rankings, recall_against_exact
+from evaluation.classes.given_rankings import judge_rankings, recall_against_exact, without_query
+from evaluation.classes.pictures import have_company
 from evaluation.classes.protocols import leave_one_out, query_gallery, random_gallery
-from evaluation.galleries import Pictures, ShardShelf
+from evaluation.galleries import Pictures, ShardShelf, Shelf, ShelfBehind
 from evaluation.gldv2.retrieval import score_retrieval
 from evaluation.gldv2.solutions import read_retrieval_solution
 from evaluation.gldv2.submissions import MAX_IMAGES, write_retrieval_submission
 from evaluation.outputs import Outputs, Shown, conclude
 from evaluation.pictures_of_shards import class_pictures, landmark_pictures
 from evaluation.protocols import (
-    CLASS_PROTOCOLS,
     CROP,
     LANDMARK_PROTOCOL,
     NO_CROP,
     RETRIEVAL_PROTOCOL,
+    class_protocol,
     places_in_truth,
     require_official_size,
     retrieval_sections,
@@ -38,14 +39,14 @@ from evaluation.revisited.nearest import nearest
 from evaluation.revisited.pictures import rows_in_shards
 from evaluation.revisited.rank_counts import TieRule
 from evaluation.revisited.rankings import evaluate_rankings
-from evaluation.validators import missing_pictures, norms, training_overlap
+from evaluation.validators import landmark_overlap, missing_pictures, norms, training_overlap
 from evaluation.vector_files import load_vector_parts, load_vectors
 from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.published_index import PublishedIndex
 from lookalike.artifacts import Manifest, file_sha256, fingerprint, require_parent
 from lookalike.encoder import Encoder, create_pretrained_encoder, load_encoder
-from lookalike.errors import DataError, ManifestMismatch, SettingsError
+from lookalike.errors import ArtifactError, DataError, SettingsError
 from lookalike.exact_search import exact_search
 from lookalike.records import SearchHits, SearchParameters
 from lookalike.world import World
@@ -96,6 +97,10 @@ class Embedded:
     labels: Int64[ndarray, "pictures"]
     names: list[str]
 
+    def only(self, kept: Bool[ndarray, "pictures"]) -> "Embedded":
+        names = [name for name, is_kept in zip(self.names, kept, strict=True) if is_kept]
+        return Embedded(self.embeddings, self.ids[kept], self.vectors[kept], self.labels[kept], names)
+
     def take(self, ids: Int64[ndarray, "chosen"], *, what: str) -> Float[ndarray, "chosen dim"]:
         """Vectors of some ids; raises DataError where pictures have none."""
         places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
@@ -124,6 +129,8 @@ def evaluate_run(
         DataError, ArtifactError: shards, ground truth or index do not fit.
     """
     _require_options(benchmark, options)
+    _require_own_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     outputs.check()
     gallery = _embed(encoder, shard_set, benchmark.gallery_split, options, world)
     queries = _embed(encoder, shard_set, benchmark.query_split, options, world) if benchmark.query_split else None
@@ -182,11 +189,17 @@ class _Judge:
                 )
         return Judged(
             sections,
-            protocol="; ".join(text for name, text in CLASS_PROTOCOLS.items() if name in sections),
+            protocol=class_protocol(list(sections), benchmark),
             ground_truth=fingerprint([self.shard_set.fingerprint, benchmark.gallery_split, benchmark.query_split]),
             warnings=warnings,
             search=search,
-            pictures=lambda: class_pictures(*next(iter(sections.items())), self.shard_set, self.queries, self.gallery),
+            pictures=lambda: class_pictures(
+                *next(iter(sections.items())),
+                self.shard_set,
+                self.queries,
+                self.gallery,
+                nearest=self._nearest_of,
+            ),
         )
 
     def _exact_section(self, benchmark: ClassBenchmark, protocol: ClassProtocol) -> Section:
@@ -216,21 +229,31 @@ class _Judge:
         )
 
     def _section_by_index(self, index: PublishedIndex, benchmark: ClassBenchmark) -> tuple[Section, SearchParameters]:
+        queries = self.queries if benchmark.query_split else self.queries.only(have_company(self.queries.labels))
         largest_class = int(np.unique(self.gallery.labels, return_counts=True)[1].max())
         # One more, since the query itself may be among the hits.
         depth = 1 + max(*benchmark.ks, min(largest_class, self.options.depth))
         search = SearchParameters(k=min(depth, index.num_vectors))
-        hits = index.search(_float32(self.queries.vectors), search)
+        hits = index.search(_float32(queries.vectors), search)
         section = judge_rankings(
             hits.ids,
-            self.queries.ids,
-            self.queries.labels,
+            queries.ids,
+            queries.labels,
             self.gallery.ids,
             self.gallery.labels,
             ks=benchmark.ks,
-            names=self.queries.names,
+            names=queries.names,
         )
-        return replace(section, facts={**section.facts, **self._recall_of(hits, self.queries.vectors)}), search
+        recall = self._recall_of(without_query(hits, queries.ids), queries.vectors, excluded_ids=queries.ids)
+        return replace(section, facts={**section.facts, **recall}), search
+
+    def _nearest_of(self, places: Int64[ndarray, "chosen"], k: int) -> SearchHits:
+        """The ranking that was judged, of some queries, each without itself."""
+        vectors, ids = _float32(self.queries.vectors[places]), self.queries.ids[places]
+        if self.index is None:
+            return exact_search(vectors, self.gallery.vectors, self.gallery.ids, k=k, excluded_ids=ids)
+        hits = self.index.search(vectors, SearchParameters(k=min(k + 1, self.index.num_vectors)))
+        return without_query(hits, ids)
 
     def landmarks(self, benchmark: LandmarkBenchmark) -> Judged:
         assert self.options.ground_truth is not None
@@ -242,7 +265,7 @@ class _Judge:
         queries = self.queries.take(query_rows, what="queries")
         distractors = self._distractors()
         parts = load_vector_parts(distractors.folder) if distractors else []
-        search = None
+        search, judged_hits = None, None
         if self.index is None:
             outcome = evaluate_descriptors(
                 queries,
@@ -260,10 +283,22 @@ class _Judge:
             places = places_in_truth(hits.ids, rows, num_database=len(truth.database_names))
             outcome = evaluate_rankings(places, truth, num_distractors=self.index.num_vectors - len(rows))
             recall = self._recall_of(hits, queries)
+            judged_hits = SearchHits(places, hits.scores)
             sections = {
                 name: replace(section, facts={**section.facts, **recall}) for name, section in outcome.sections.items()
             }
-        shelf = ShardShelf(self.shard_set, rows)
+
+        def pictures() -> Pictures:
+            shown = judged_hits or nearest(queries, database, parts, k=_NUM_COMPARED)
+            shelf: Shelf = ShardShelf(self.shard_set, rows)
+            query_shelf = ShardShelf(self.shard_set, query_rows)
+            if distractors is None or self.options.distractors is None:
+                return landmark_pictures(sections, truth, shown, gallery_shelf=shelf, query_shelf=query_shelf)
+            with ShardSet.open(self.options.distractors) as shards:
+                behind = ShelfBehind(shelf, len(rows), ShardShelf(shards, np.sort(distractors.ids)))
+                return landmark_pictures(sections, truth, shown, gallery_shelf=behind, query_shelf=query_shelf)
+
+        names = {name.rpartition("_")[0] for name in truth.database_names}
         return Judged(
             sections,
             protocol=LANDMARK_PROTOCOL,
@@ -273,14 +308,15 @@ class _Judge:
             expected={"queries": len(truth.query_names), "gallery": benchmark.num_database},
             distractors=distractors,
             search=search,
-            pictures=lambda: landmark_pictures(
-                sections,
-                truth,
-                nearest(queries, database, parts, k=_NUM_COMPARED),
-                gallery_shelf=shelf,
-                query_shelf=ShardShelf(self.shard_set, query_rows),
-            ),
+            warnings=self._learned_landmarks(names),
+            pictures=pictures,
         )
+
+    def _learned_landmarks(self, names: set[str]) -> list[str]:
+        if self.options.training_shards is None:
+            return []
+        with ShardSet.open(self.options.training_shards) as training:
+            return landmark_overlap(training.class_names, names)
 
     def retrieval(self) -> Judged:
         names = np.array([name.rpartition("/")[2] for name in self.queries.names])
@@ -301,8 +337,10 @@ class _Judge:
         }
         submission = self.options.out / "submission.csv"
         if self.world.is_first:
-            self.options.out.mkdir(parents=True, exist_ok=True)
-            write_retrieval_submission(submission, rankings)
+            try:
+                write_retrieval_submission(submission, rankings)
+            except ValueError as error:
+                raise DataError(f"no official submission can be written of these shards: {error}.") from error
             logger.info("submission: %s", submission)
         if solution is None:
             raise SettingsError(
@@ -324,18 +362,29 @@ class _Judge:
             folder = self.options.out / "embeddings" / "distractors"
             return embed_shards(self.encoder, shards, folder, world=self.world)
 
-    def _exact_hits(self, vectors: ndarray, *, k: int) -> SearchHits:
+    def _exact_hits(
+        self, vectors: ndarray, *, k: int, excluded_ids: Int64[ndarray, "queries"] | None = None
+    ) -> SearchHits:
         own, gallery = _float32(vectors), self.gallery
+        parts = [slice(start, start + _QUERIES_AT_A_TIME) for start in range(0, len(own), _QUERIES_AT_A_TIME)]
         blocks = [
-            exact_search(own[start : start + _QUERIES_AT_A_TIME], gallery.vectors, gallery.ids, k=k)
-            for start in range(0, len(own), _QUERIES_AT_A_TIME)
+            exact_search(
+                own[part],
+                gallery.vectors,
+                gallery.ids,
+                k=k,
+                excluded_ids=None if excluded_ids is None else excluded_ids[part],
+            )
+            for part in parts
         ]
         return SearchHits(*(np.concatenate([getattr(block, name) for block in blocks]) for name in ("ids", "scores")))
 
-    def _recall_of(self, hits: SearchHits, vectors: ndarray) -> dict[str, Any]:
+    def _recall_of(
+        self, hits: SearchHits, vectors: ndarray, *, excluded_ids: Int64[ndarray, "queries"] | None = None
+    ) -> dict[str, Any]:
         """How much of the truth of exact search an index shows, beside what it does to the benchmark's numbers."""
         k = min(_NUM_COMPARED, hits.ids.shape[1])
-        exact = self._exact_hits(vectors, k=k)
+        exact = self._exact_hits(vectors, k=k, excluded_ids=excluded_ids)
         return {f"recall_of_index_at_{k}": 100 * recall_against_exact(hits.ids, exact.ids)}
 
 
@@ -359,11 +408,17 @@ def _require_options(benchmark: Benchmark, options: RunOptions) -> None:
         ("--ground-truth", options.ground_truth, is_landmark),
         ("--distractors", options.distractors, is_landmark and options.index is None),
         ("--solution", options.solution, is_retrieval),
-        ("--training-shards", options.training_shards, isinstance(benchmark, ClassBenchmark)),
+        ("--training-shards", options.training_shards, not is_retrieval),
     ):
         if value is not None and not is_used:
             with_index = " with --index" if options.index and is_landmark else ""
             raise SettingsError(f"{benchmark.name}{with_index} has no use for {option}.")
+
+
+def _require_own_folder(folder: Path) -> None:
+    """Raises ArtifactError where a folder holds something that no run has left there."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "embeddings").is_dir():
+        raise ArtifactError(f"{folder} holds something other than a run of a benchmark. Choose another folder.")
 
 
 def _embed(encoder: Encoder, shard_set: ShardSet, split: str | None, options: RunOptions, world: World) -> Embedded:
@@ -377,18 +432,9 @@ def _embed(encoder: Encoder, shard_set: ShardSet, split: str | None, options: Ru
 def _open_index(folder: Path, shard_set: ShardSet, gallery: Embedded) -> PublishedIndex:
     index = PublishedIndex.open(folder)
     require_parent(index.folder, index.manifest, "shards", found=shard_set.fingerprint, parent=shard_set.folder)
-    own = gallery.embeddings.manifest.details["encoder_fingerprint"]
-    other = index.manifest.details["encoder_fingerprint"]
-    if own != other:
-        raise ManifestMismatch(
-            f"{index.folder} holds vectors of encoder {other[:12]}, the checkpoint is {own[:12]}. Build it again."
-        )
-    missing = np.setdiff1d(gallery.ids, index.ids)
-    if len(missing):
-        raise ManifestMismatch(
-            f"{index.folder} lacks {len(missing)} pictures of the gallery, first id {int(missing[0])}. Build it from "
-            f"{gallery.embeddings.folder}."
-        )
+    # So the index holds the gallery and nothing else, under the encoder at hand.
+    embeddings = gallery.embeddings
+    require_parent(index.folder, index.manifest, "embeddings", found=embeddings.fingerprint, parent=embeddings.folder)
     return index
 
 

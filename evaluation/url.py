@@ -1,6 +1,7 @@
 """A running server, judged over its HTTP API as its users see it: what `lookalike evaluate url` does."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,20 +12,21 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from data_pipelines.shard_set import ShardSet
-from evaluation.benchmarks import Benchmark, ClassBenchmark, LandmarkBenchmark, RetrievalBenchmark
+from evaluation.benchmarks import Benchmark, ClassBenchmark, ClassProtocol, LandmarkBenchmark, RetrievalBenchmark
 from evaluation.classes.given_rankings import judge_rankings
-from evaluation.compare import compare_results, open_result
+from evaluation.classes.pictures import have_company
+from evaluation.compare import compare_results, open_result, remarks
 from evaluation.gldv2.retrieval import score_retrieval
 from evaluation.gldv2.solutions import read_retrieval_solution
 from evaluation.gldv2.submissions import MAX_IMAGES
 from evaluation.live_server import PictureQuery, ServerRankings, ask_server
 from evaluation.outputs import Outputs, conclude
 from evaluation.protocols import (
-    CLASS_PROTOCOLS,
     CROP,
     LANDMARK_PROTOCOL,
     NO_CROP,
     RETRIEVAL_PROTOCOL,
+    class_protocol,
     require_official_size,
     retrieval_sections,
 )
@@ -33,8 +35,9 @@ from evaluation.result import Result, Section
 from evaluation.revisited.ground_truth import load_ground_truth
 from evaluation.revisited.pictures import keys_in_shards, queries_in_folder, rows_in_shards
 from evaluation.revisited.rankings import evaluate_rankings
+from lookalike.api_client import Hit, ServerInfo
 from lookalike.artifacts import file_sha256, fingerprint
-from lookalike.errors import ManifestMismatch, SettingsError
+from lookalike.errors import DataError, ManifestMismatch, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,24 @@ class UrlOptions:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """Whom, and how."""
+
+    info: ServerInfo
+    num_queries: int
+    k: int
+    is_exact: bool
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rankings: ServerRankings[ndarray]) -> "_Asked":
+        return cls(rankings.info, len(rankings.answers), rankings.k, rankings.is_exact, rankings.warnings)
+
+
+@dataclass(frozen=True)
 class _Judged:
-    sections: dict[str, Section]
-    rankings: ServerRankings
+    sections: Mapping[str, Section]
+    asked: _Asked
     protocol: str
     ground_truth: str
     crop: str = NO_CROP
@@ -84,16 +102,16 @@ def evaluate_url(benchmark: Benchmark, options: UrlOptions, outputs: Outputs) ->
     record = record_of_server(
         benchmark.name,
         judged.protocol,
-        judged.rankings.info,
+        judged.asked.info,
         url=options.url,
-        num_queries=len(judged.rankings.hits),
+        num_queries=judged.asked.num_queries,
         ground_truth=judged.ground_truth,
         crop=judged.crop,
-        k=judged.rankings.k,
-        is_exact=judged.rankings.is_exact,
+        k=judged.asked.k,
+        is_exact=judged.asked.is_exact,
         num_distractors=judged.num_distractors,
     )
-    result = Result(benchmark.name, judged.sections, record.as_json())
+    result = Result(benchmark.name, judged.sections, record.as_json(), judged.asked.warnings)
     tree, lines = conclude(result, outputs, name=options.url, title=f"Retrieval quality of a server: {benchmark.name}")
     if options.offline:
         lines += _difference_to_offline(options.offline, result)
@@ -105,17 +123,15 @@ def _ask_for_classes(benchmark: ClassBenchmark, options: UrlOptions) -> _Judged:
         gallery = shard_set.rows(benchmark.gallery_split)
         rows = shard_set.rows(benchmark.query_split) if benchmark.query_split else gallery
         labels = shard_set.labels
+        if (labels[gallery] < 0).any() or (labels[rows] < 0).any():
+            raise DataError(f"{shard_set.folder} holds pictures without a class, so their answers cannot be judged.")
         if not benchmark.query_split:
-            # A picture alone in its class can be found by nobody.
-            _, members, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)
-            rows = rows[(sizes[members] > 1) & (labels[rows] >= 0)]
+            rows = rows[have_company(labels[rows])]
         largest_class = int(np.unique(labels[gallery], return_counts=True)[1].max())
         k = 1 + max(*benchmark.ks, min(largest_class, options.depth))
-        rankings = _ask(options, _queries_of(shard_set, rows), k=k)
-        ids = _ids_of_hits(rankings)
-        _require_same_pictures(rankings, shard_set, options.url)
+        rankings = _ask(options, _queries_of(shard_set, rows), _ids_in(shard_set, options.url), k=k)
         section = judge_rankings(
-            ids,
+            _padded(rankings.answers),
             rows,
             labels[rows],
             gallery,
@@ -124,16 +140,23 @@ def _ask_for_classes(benchmark: ClassBenchmark, options: UrlOptions) -> _Judged:
             names=[shard_set.key(row) for row in rows],
         )
         truth = fingerprint([shard_set.fingerprint, benchmark.gallery_split, benchmark.query_split])
-    name = "query_gallery" if benchmark.query_split else "leave_one_out"
-    return _Judged({name: section}, rankings, CLASS_PROTOCOLS[name], truth)  # type: ignore[index]
+    name: ClassProtocol = "query_gallery" if benchmark.query_split else "leave_one_out"
+    return _Judged({name: section}, _Asked.of(rankings), class_protocol([name], benchmark), truth)
 
 
 def _ask_for_landmarks(benchmark: LandmarkBenchmark, options: UrlOptions) -> _Judged:
     file = _required(options.ground_truth, "--ground-truth", benchmark)
     truth = load_ground_truth(file)
     require_official_size(truth, benchmark, file)
+    keys = keys_in_shards(truth.database_names, split=benchmark.gallery_split)
+    places = _PlacesOfKeys(
+        {key: row for row, key in enumerate(keys)},
+        frozenset(keys_in_shards(truth.query_names, split=benchmark.query_split)),
+        options.url,
+    )
     if options.folder:
-        rankings = _ask(options, queries_in_folder(benchmark.name, options.folder, truth), k=options.depth)
+        queries = queries_in_folder(benchmark.name, options.folder, truth)
+        rankings = _ask(options, queries, places, k=options.depth)
     else:
         shards = _required(options.shards, "--folder with the official pictures, or --shards", benchmark)
         with ShardSet.open(shards) as shard_set:
@@ -142,23 +165,56 @@ def _ask_for_landmarks(benchmark: LandmarkBenchmark, options: UrlOptions) -> _Ju
                 replace(query, name=name)
                 for query, name in zip(_queries_of(shard_set, rows), truth.query_names, strict=True)
             ]
-            rankings = _ask(options, queries, k=options.depth)
-    keys = keys_in_shards(truth.database_names, split=benchmark.gallery_split)
-    row_of_key = {key: row for row, key in enumerate(keys)}
+            rankings = _ask(options, queries, places, k=options.depth)
     num_distractors = rankings.info.num_vectors - len(keys)
-    if num_distractors < 0:
-        raise ManifestMismatch(
-            f"{options.url} serves {rankings.info.num_vectors} pictures, {benchmark.name} has {len(keys)}."
-        )
-    ranked = np.full((len(rankings.hits), max(map(len, rankings.hits), default=0)), -1, np.int64)
-    others: dict[str, int] = {}
-    for query, hits in enumerate(rankings.hits):
-        for position, hit in enumerate(hits):
-            row = row_of_key.get(hit.key)
-            ranked[query, position] = len(keys) + others.setdefault(hit.key, len(others)) if row is None else row
-    outcome = evaluate_rankings(ranked, truth, num_distractors=num_distractors)
+    _require_database(rankings, places, num_distractors, benchmark, options.url)
+    outcome = evaluate_rankings(_padded(rankings.answers), truth, num_distractors=num_distractors)
     sections: dict[str, Section] = {str(name): section for name, section in outcome.sections.items()}
-    return _Judged(sections, rankings, LANDMARK_PROTOCOL, truth.sha256, CROP, num_distractors)
+    return _Judged(sections, _Asked.of(rankings), LANDMARK_PROTOCOL, truth.sha256, CROP, num_distractors)
+
+
+class _PlacesOfKeys:
+    """Hits -> rows of the ground truth; other pictures are distractors, numbered behind the database."""
+
+    def __init__(self, row_of_key: Mapping[str, int], query_keys: frozenset[str], url: str) -> None:
+        self.row_of_key, self._query_keys, self._url = row_of_key, query_keys, url
+        self._others: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, hits: tuple[Hit, ...]) -> Int64[ndarray, "hits"]:
+        with self._lock:  # answers come on several threads
+            return np.array([self._place(hit.key) for hit in hits], np.int64)
+
+    def _place(self, key: str) -> int:
+        if key in self._query_keys:
+            raise ManifestMismatch(
+                f"the index of {self._url} holds the query {key}, which would find itself. Build it from an embedding "
+                "set of the gallery alone."
+            )
+        row = self.row_of_key.get(key)
+        return len(self.row_of_key) + self._others.setdefault(key, len(self._others)) if row is None else row
+
+
+def _require_database(
+    rankings: ServerRankings[ndarray],
+    places: _PlacesOfKeys,
+    num_distractors: int,
+    benchmark: LandmarkBenchmark,
+    url: str,
+) -> None:
+    """Raises ManifestMismatch unless the server's gallery can be the database with so many distractors."""
+    num_served, num_sampled = rankings.info.num_vectors, len(rankings.sampled_keys)
+    num_database = len(places.row_of_key)
+    num_known = sum(key in places.row_of_key for key in rankings.sampled_keys)
+    finds_any = any((answer < num_database).any() for answer in rankings.answers)
+    share = min(1.0, num_database / max(1, num_served))
+    # Six deviations of a binomial count: a gallery that fits fails once in a hundred million times.
+    is_plausible = abs(num_known - share * num_sampled) <= 6 * (num_sampled * share * (1 - share)) ** 0.5
+    if num_distractors < 0 or not finds_any or not is_plausible:
+        raise ManifestMismatch(
+            f"{url} serves {num_served:,} pictures, and {num_known} of {num_sampled} random ones are of the "
+            f"{num_database:,} of {benchmark.name}: its index holds something else, or part of them."
+        )
 
 
 def _ask_for_retrieval(benchmark: RetrievalBenchmark, options: UrlOptions) -> _Judged:
@@ -168,40 +224,53 @@ def _ask_for_retrieval(benchmark: RetrievalBenchmark, options: UrlOptions) -> _J
         all_rows = shard_set.rows(benchmark.query_split)
         names = [shard_set.key(row).rpartition("/")[2] for row in all_rows]
         scored = [place for place, name in enumerate(names) if name in solution.usages]
-        rankings = _ask(options, _queries_of(shard_set, all_rows[scored]), k=MAX_IMAGES)
-    predictions = {
-        names[place]: [hit.key.rpartition("/")[2] for hit in hits]
-        for place, hits in zip(scored, rankings.hits, strict=True)
-    }
+        queries = _queries_of(shard_set, all_rows[scored])
+        rankings = _ask(options, queries, _ids_in(shard_set, options.url), k=MAX_IMAGES)
+        predictions = {
+            names[place]: [shard_set.key(row).rpartition("/")[2] for row in answer]
+            for place, answer in zip(scored, rankings.answers, strict=True)
+        }
     sections = retrieval_sections(score_retrieval(predictions, solution), {})
-    return _Judged(sections, rankings, RETRIEVAL_PROTOCOL, file_sha256(file))
+    return _Judged(sections, _Asked.of(rankings), RETRIEVAL_PROTOCOL, file_sha256(file))
 
 
-def _ask(options: UrlOptions, queries: Sequence[PictureQuery], *, k: int) -> ServerRankings:
-    return ask_server(options.url, queries, k=k, exact=options.is_exact, num_connections=options.num_connections)
+def _ask(
+    options: UrlOptions,
+    queries: Sequence[PictureQuery],
+    keep: Callable[[tuple[Hit, ...]], ndarray],
+    *,
+    k: int,
+) -> ServerRankings[ndarray]:
+    return ask_server(options.url, queries, keep, k=k, exact=options.is_exact, num_connections=options.num_connections)
+
+
+def _ids_in(shard_set: ShardSet, url: str) -> Callable[[tuple[Hit, ...]], Int64[ndarray, "hits"]]:
+    """Ids of hits, which have a meaning only where they are rows of the same shards."""
+    keys = shard_set.samples["key"].to_pylist()
+
+    def ids(hits: tuple[Hit, ...]) -> Int64[ndarray, "hits"]:
+        for hit in hits:
+            if hit.id >= len(keys) or keys[hit.id] != hit.key:
+                here = keys[hit.id] if hit.id < len(keys) else "none"
+                raise ManifestMismatch(
+                    f"{url} calls picture {hit.id} {hit.key}, in {shard_set.folder} it is {here}. Give the shards that "
+                    "its index was made from."
+                )
+        return np.array([hit.id for hit in hits], np.int64)
+
+    return ids
+
+
+def _padded(answers: Sequence[Int64[ndarray, "_"]]) -> Int64[ndarray, "queries depth"]:
+    """One row per query, -1 where a list is shorter."""
+    rows = np.full((len(answers), max(map(len, answers), default=0)), -1, np.int64)
+    for query, answer in enumerate(answers):
+        rows[query, : len(answer)] = answer
+    return rows
 
 
 def _queries_of(shard_set: ShardSet, rows: Int64[ndarray, "queries"]) -> list[PictureQuery]:
     return [PictureQuery(shard_set.key(row), partial(shard_set.read_bytes, int(row))) for row in rows]
-
-
-def _ids_of_hits(rankings: ServerRankings) -> Int64[ndarray, "queries depth"]:
-    ids = np.full((len(rankings.hits), max(map(len, rankings.hits), default=0)), -1, np.int64)
-    for query, hits in enumerate(rankings.hits):
-        ids[query, : len(hits)] = [hit.id for hit in hits]
-    return ids
-
-
-def _require_same_pictures(rankings: ServerRankings, shard_set: ShardSet, url: str) -> None:
-    """Ids have a meaning only where they are rows of the same shards."""
-    keys = shard_set.samples["key"].to_pylist()
-    for hit in (hit for hits in rankings.hits for hit in hits):
-        if hit.id >= len(keys) or keys[hit.id] != hit.key:
-            here = keys[hit.id] if hit.id < len(keys) else "none"
-            raise ManifestMismatch(
-                f"{url} calls picture {hit.id} {hit.key}, in {shard_set.folder} it is {here}. Give the shards that its "
-                "index was made from."
-            )
 
 
 def _required(path: Path | None, option: str, benchmark: Benchmark) -> Path:
@@ -215,4 +284,4 @@ def _difference_to_offline(offline: Path, live: Result) -> list[str]:
     for section, metrics in compare_results(open_result(offline), live).items():
         for name, difference in metrics.items():
             lines.append(f"live minus offline, {section} {name}: {difference.difference:+.2f}")
-    return lines or ["live minus offline: no metric is known of both"]
+    return [*lines, *remarks(open_result(offline), live)]

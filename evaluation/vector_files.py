@@ -69,6 +69,20 @@ def load_labels(path: Path) -> Integer[ndarray, "rows"]:
     return labels
 
 
+def load_rankings(path: Path) -> Int64[ndarray, "queries depth"]:
+    """A `.npy` of whole numbers, a list per query, best first; -1 where there are no more.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    rankings = _load_npy(path)
+    if rankings.ndim != 2 or not np.issubdtype(rankings.dtype, np.integer):
+        raise DataError(
+            f"{path}: expected whole numbers, a row per query, found {rankings.dtype} of shape {rankings.shape}."
+        )
+    return rankings.astype(np.int64)
+
+
 def load_ids(path: Path) -> Int64[ndarray, "rows"]:
     """Ids of the rows: of an artifact its own in the order of `load_vectors`, or a `.npy` of whole numbers.
 

@@ -25,6 +25,7 @@ def run_command(app: typer.Typer, arguments: Sequence[str] | None = None, *, pro
     signal.signal(signal.SIGTERM, _stop)
     level = os.environ.get("LOOKALIKE_LOG", "INFO").upper()
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells every request
     try:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name=program)
     except LookalikeError as error:
@@ -49,7 +50,7 @@ def _stop(signal_number: int, frame: object) -> None:
 def print_result(result: Mapping[str, Any], *, as_json: bool, lines: Callable[[], Sequence[str]] | None = None) -> None:
     """Prints one JSON object for programs, or lines for people (`key: value` where none are given)."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
         for line in lines() if lines else [f"{key}: {value}" for key, value in result.items()]:
             print(line)

@@ -87,7 +87,7 @@ def read_ground_truth(file: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         # The unpickler raises anything from EOFError to IndexError on damaged files.
-        raise DataError(f"{file} cannot be read: {error!r}") from error
+        raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     is_complete = (
         isinstance(contents, dict)
         and all(_is_list_of(str, contents.get(name)) for name in ("imlist", "qimlist"))

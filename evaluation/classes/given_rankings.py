@@ -11,6 +11,7 @@ from evaluation.classes.positions import require_ks
 from evaluation.metrics import bounds, class_metrics, positions_in_list
 from evaluation.result import Section
 from lookalike.errors import DataError
+from lookalike.records import SearchHits
 
 
 def judge_rankings(
@@ -80,6 +81,14 @@ def judge_rankings(
         "depth": ranked_ids.shape[1],
     }
     return Section(own_names, own_query_labels, decided, bounded, facts)
+
+
+def without_query(hits: SearchHits, query_ids: Int64[ndarray, "queries"]) -> SearchHits:
+    """Takes each query out of its own list by id; a list that lacks it loses its last place instead."""
+    is_query = hits.ids == query_ids[:, None]
+    is_query[~is_query.any(axis=1), -1] = True
+    shape = (len(query_ids), hits.ids.shape[1] - 1)
+    return SearchHits(hits.ids[~is_query].reshape(shape), hits.scores[~is_query].reshape(shape))
 
 
 def recall_against_exact(ranked_ids: Int64[ndarray, "queries depth"], exact_ids: Int64[ndarray, "queries k"]) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from numpy import ndarray
 
 from lookalike.errors import DataError
@@ -107,6 +107,12 @@ def checked_classes(
             f"ids {listed(ids[labels < 0])}."
         )
     return ids.astype(np.int64), labels.astype(np.int64)
+
+
+def have_company(labels: Int64[ndarray, "pictures"]) -> Bool[ndarray, "pictures"]:
+    """Whether another picture has the same class: one that is alone cannot be found, and is no query."""
+    _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.asarray((sizes[members] > 1) & (labels >= 0))
 
 
 def listed(values: Sequence[object] | ndarray) -> str:

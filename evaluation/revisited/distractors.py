@@ -43,6 +43,11 @@ class VectorList:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def file_states(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change of the files behind memory-mapped arrays."""
+        files = [Path(array.filename) for array in self._arrays if isinstance(array, np.memmap) and array.filename]
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
     def read_into(self, block: Float32[ndarray, "rows dim"], start: int) -> int:
         """Fills `block` with the rows from `start` on and zeros behind the last; returns how many there are."""
         end = min(start + len(block), len(self))
@@ -137,6 +142,8 @@ def _count_share(
                 for part, (first, last) in enumerate(pairwise(points)):
                     counts.add_distractors(scores[:, max(first - start, 0) : max(last - start, 0)], part=part)
             except ValueError as error:
+                if progress_file:
+                    progress_file.unlink(missing_ok=True)  # whoever mends the vectors counts all of them again
                 raise DataError(f"distractors {start} to {end}: {error}.") from error
             progress.advance(end - start)
             if progress_file and num_done % _BLOCKS_PER_SAVE == 0:
@@ -178,11 +185,12 @@ def _identity(
     points: Sequence[int],
     world: World,
 ) -> str:
-    """Of queries, thresholds, parts and this rank's blocks, with one vector of each block as a sample."""
+    """Of queries, thresholds, parts and this rank's blocks: files by size and time, one vector of each block."""
     digest = hashlib.sha256(queries.tobytes())
     for query in counts.queries:
         digest.update(query.scores.tobytes())
     digest.update(f"{world.rank} {world.size} {_BLOCK_ROWS} {len(distractors)} {list(points)}".encode())
+    digest.update(repr(distractors.file_states()).encode())
     sample = np.zeros((1, queries.shape[1]), np.float32)
     for number in numbers:
         distractors.read_into(sample, number * _BLOCK_ROWS)

@@ -63,6 +63,9 @@ def evaluate_descriptors(
     """
     _require_shapes(queries, database, truth, distractors)
     own_queries = _float32(queries)
+    is_finite = np.isfinite(own_queries).all(axis=1)
+    if not is_finite.all():
+        raise DataError(f"row {int(np.argmin(is_finite))} of the queries' descriptors holds NaN or infinity.")
     others = VectorList(distractors)
     points = curve_points(len(others), curve_at)
     try:

@@ -14,25 +14,28 @@ import pytest
 import torch
 import uvicorn
 
-from data_pipelines.settings import ShardSettings
+from data_pipelines.settings import ClassFoldersSettings, ShardSettings
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
+from data_pipelines.sources.class_folders import ClassFolders
 from data_pipelines.sources.registry import open_data_set
 from evaluation.benchmarks import ClassBenchmark, LandmarkBenchmark, RetrievalBenchmark, find_benchmark
+from evaluation.embedding_sets import evaluate_embedding_sets
 from evaluation.outputs import Outputs
 from evaluation.result import Result, read_result
 from evaluation.run import RunOptions, evaluate_run
 from evaluation.url import UrlOptions, evaluate_url
 from indexing.build import build_index
+from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.settings import IndexSettings
 from lookalike.encoder import Encoder, create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
-from lookalike.errors import DataError, ManifestMismatch, ResourceError, SettingsError
+from lookalike.errors import ArtifactError, DataError, ManifestMismatch, ResourceError, SettingsError
 from serving.app import create_app
 from serving.query_engine import QueryEngine
 from serving.settings import ServingSettings
-from tests.drawn_pictures import draw_picture
+from tests.drawn_pictures import draw_class_folders, draw_picture
 
 CLASSES = ClassBenchmark("classes", ks=(1, 2, 5), gallery_split="test")
 OXFORD = LandmarkBenchmark("roxford5k", num_database=24)
@@ -122,8 +125,8 @@ def test_an_index_and_a_server_give_the_numbers_of_brute_force_and_bounds_of_the
 ) -> None:
     exact = read_result(classes_run / "result.json").sections["leave_one_out"]
     index = index_of(classes_run / "embeddings" / "test", tmp_path / "index")
-    by_index = run(CLASSES, encoder, shards_folder, RunOptions(tmp_path, index=index)).sections["leave_one_out"]
-    assert by_index.facts["recall_of_index_at_6"] == 100
+    by_index = run(CLASSES, encoder, shards_folder, RunOptions(tmp_path / "run", index=index)).sections["leave_one_out"]
+    assert by_index.facts["recall_of_index_at_5"] == 100
     with served(index) as url:
         file = tmp_path / "live.json"
         options = UrlOptions(url, shards_folder, offline=classes_run / "result.json", is_exact=True)
@@ -141,13 +144,48 @@ def test_an_index_and_a_server_give_the_numbers_of_brute_force_and_bounds_of_the
     assert live.record["search_parameters"] == {"k": 6, "exact": True}
 
 
+def test_an_index_and_brute_force_have_the_same_queries_where_a_class_has_one_picture(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    draw_class_folders(tmp_path / "pictures", range(4), pictures_per_class=3)
+    for lonely in (1, 2):
+        (tmp_path / "pictures" / "class00" / f"{lonely}.png").unlink()
+    source = ClassFolders(ClassFoldersSettings(folder=tmp_path / "pictures"))
+    write_shards(source, tmp_path / "shards", ShardSettings()).close()
+    everything = replace(CLASSES, gallery_split=None)
+    exact = run(everything, encoder, tmp_path / "shards", RunOptions(tmp_path / "exact"))
+    index = index_of(tmp_path / "exact" / "embeddings" / "all", tmp_path / "index")
+    options = RunOptions(tmp_path / "by_index", index=index)
+    by_index = run(everything, encoder, tmp_path / "shards", options, previous=(tmp_path / "exact" / "result.json",))
+    names = exact.sections["leave_one_out"].query_names
+    assert len(names) == 9
+    assert by_index.sections["leave_one_out"].query_names == names
+    with served(index) as url:
+        evaluate_url(everything, UrlOptions(url, tmp_path / "shards"), Outputs(tmp_path / "live.json"))
+    assert read_result(tmp_path / "live.json").sections["leave_one_out"].query_names == names
+    sets = [tmp_path / name / "embeddings" / "all" for name in ("by_index", "exact")]
+    summary, _ = evaluate_embedding_sets(sets, index_folder=index)
+    [lead] = summary["lead"].values()
+    assert (lead["map@r"]["wins"], lead["map@r"]["losses"]) == (0, 0)
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(encoder: Encoder, shards_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="other than a run of a benchmark"):
+        run(CLASSES, encoder, shards_folder, RunOptions(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
 def test_no_server_and_foreign_indexes_are_named(encoder: Encoder, shards_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"127\.0\.0\.1:9"):
         evaluate_url(CLASSES, UrlOptions("http://127.0.0.1:9", shards_folder), Outputs())
+    with pytest.raises(SettingsError, match="is not the address of a server"):
+        evaluate_url(CLASSES, UrlOptions("127.0.0.1:9", shards_folder), Outputs())
     run(replace(CLASSES, gallery_split="train"), encoder, shards_folder, RunOptions(tmp_path / "train"))
     index = index_of(tmp_path / "train" / "embeddings" / "train", tmp_path / "index")
-    with pytest.raises(ManifestMismatch, match="lacks 30 pictures of the gallery"):
-        run(CLASSES, encoder, shards_folder, RunOptions(tmp_path, index=index))
+    with pytest.raises(ManifestMismatch, match="was made from embeddings"):
+        run(CLASSES, encoder, shards_folder, RunOptions(tmp_path / "r", index=index))
 
 
 def test_options_without_effect_are_refused(encoder: Encoder, shards_folder: Path, tmp_path: Path) -> None:
@@ -206,7 +244,7 @@ def landmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_landmarks_run_from_the_official_folder_to_all_setups_and_live_equals_offline(
-    landmarks: Path, encoder: Encoder, tmp_path: Path
+    landmarks: Path, encoder: Encoder, shards_folder: Path, tmp_path: Path
 ) -> None:
     truth = landmarks / "roxford5k" / "gnd_roxford5k.pkl"
     options = RunOptions(tmp_path, ground_truth=truth)
@@ -242,6 +280,15 @@ def test_landmarks_run_from_the_official_folder_to_all_setups_and_live_equals_of
                     np.testing.assert_allclose(by_index.sections[setup].per_query[metric], values, atol=1e-12)
         with pytest.raises(SettingsError, match="--folder"):
             evaluate_url(OXFORD, UrlOptions(url, ground_truth=truth), Outputs())
+    run(replace(CLASSES, gallery_split=None), encoder, shards_folder, RunOptions(tmp_path / "foreign"))
+    foreign = index_of(tmp_path / "foreign" / "embeddings" / "all", tmp_path / "foreign_index")
+    with served(foreign) as url, pytest.raises(ManifestMismatch, match="its index holds something else"):
+        evaluate_url(OXFORD, UrlOptions(url, folder=landmarks, ground_truth=truth), Outputs())
+    with ShardSet.open(landmarks / "shards") as shard_set:
+        everything = embed_shards(encoder, shard_set, tmp_path / "everything")
+    index = index_of(everything.folder, tmp_path / "index_of_everything")
+    with served(index) as url, pytest.raises(ManifestMismatch, match="holds the query"):
+        evaluate_url(OXFORD, UrlOptions(url, folder=landmarks, ground_truth=truth), Outputs())
 
 
 def test_distractors_join_from_their_own_shards_and_missing_pictures_are_named(
@@ -250,7 +297,8 @@ def test_distractors_join_from_their_own_shards_and_missing_pictures_are_named(
     truth = landmarks / "roxford5k" / "gnd_roxford5k.pkl"
     alone = run(OXFORD, encoder, landmarks / "shards", RunOptions(tmp_path, ground_truth=truth))
     options = RunOptions(tmp_path, ground_truth=truth, distractors=shards_folder)
-    among = run(OXFORD, encoder, landmarks / "shards", options)
+    among = run(OXFORD, encoder, landmarks / "shards", options, report=tmp_path / "report")
+    assert "class0" in (tmp_path / "report" / "report.html").read_text(), "a distractor stands among the first ten"
     assert among.record["num_distractors"] == 60
     assert [point.num_distractors for point in among.curve] == [0, 60]
     assert among.curve[0].maps["hard"] == pytest.approx(alone.sections["hard"].mean("map"))

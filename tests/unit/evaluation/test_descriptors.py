@@ -144,7 +144,7 @@ def test_two_processes_print_the_numbers_of_one(
         (
             [*OXFORD, "--queries", "{q}", "--database", "{x}", "--query-labels", "{q}"],
             SettingsError,
-            "does not use --query-labels",
+            "--query-labels has no effect here",
         ),
         ([*OXFORD, "--queries", "{q}", "--database", "{q}"], DataError, "70 database descriptors"),
         (["--benchmark", "labels", "--queries", "{q}", "--query-labels", "{q}"], DataError, "whole number"),
@@ -160,10 +160,61 @@ def test_two_processes_print_the_numbers_of_one(
             "rparis6k has 6322",
         ),
         ([*OXFORD, "--rankings", "{q}"], DataError, "whole numbers"),
+        ([*OXFORD, "--rankings", "{q}", "--ties", "pessimistic"], SettingsError, "--ties has no effect"),
+        ([*OXFORD, "--queries", "{q}", "--database", "{x}", "--nmi"], SettingsError, "--nmi has no effect"),
+        (
+            ["--benchmark", "labels", "--queries", "{q}", "--query-labels", "{q}", "--num-seeds", "3"],
+            SettingsError,
+            "--num-seeds has no effect",
+        ),
+        ([*OXFORD, "--queries", "{nan}", "--database", "{x}"], DataError, "row 3 of the queries"),
+        ([*OXFORD, "--queries", "{q}", "--database", "{x}", "--json", "/"], SettingsError, "is a folder"),
+        ([*OXFORD[:3], "{q}", "--queries", "{q}", "--database", "{x}"], DataError, "cannot be read"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
     golden_descriptors: dict[str, Path], arguments: list[str], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
-        in_process(*(argument.format(**golden_descriptors) for argument in arguments))
+    vectors = np.eye(70, dtype=np.float32)
+    vectors[3, 3] = np.nan
+    np.save(golden_descriptors["q"].with_name("nan.npy"), vectors)
+    places = {**golden_descriptors, "nan": golden_descriptors["q"].with_name("nan.npy")}
+    with pytest.raises(error, match=message) as caught:
+        in_process(*(argument.format(**places) for argument in arguments))
+    assert len(str(caught.value)) < 600, "a message tells, and dumps nothing"
+
+
+def test_a_comparison_says_what_it_left_out_and_what_was_measured_differently(
+    golden_descriptors: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--queries", str(golden_descriptors["q"]), "--database", str(golden_descriptors["x"])]
+    distractors = ["--distractors", str(golden_descriptors["d"])]
+    in_process(*OXFORD, *files, "--json", str(tmp_path / "alone.json"))
+    in_process(*OXFORD, *files, *distractors, "--ties", "pessimistic", "--json", str(tmp_path / "among.json"))
+    scores = np.load(golden_descriptors["x"]).T
+    np.save(tmp_path / "r.npy", np.argsort(-scores, axis=1, kind="stable")[:, :100])
+    in_process(*OXFORD, "--rankings", str(tmp_path / "r.npy"), "--json", str(tmp_path / "short.json"))
+    capsys.readouterr()
+    _, lines = compare(tmp_path / "alone.json", tmp_path / "among.json")
+    assert "measured differently: num distractors 0 before, 50 after" in lines
+    assert "measured differently: ties index before, pessimistic after" in lines
+    _, lines = compare(tmp_path / "alone.json", tmp_path / "short.json")
+    assert "not compared: easy map is only bounded after" in lines
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "solution", "predictions"),
+    [
+        ("retrieval", "map@100", "id,images,Usage\n{a},{x} {y},Public\n", "id,images\n{a},{x}\n"),
+        ("recognition", "gap", "id,landmarks,Usage\n{a},7,Public\n{b},8,Public\n", "id,landmarks\n{a},7 0.5\n{b},\n"),
+    ],
+)
+def test_a_submission_is_scored(
+    task: str, metric: str, solution: str, predictions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = {name: name.encode().hex().zfill(16) for name in "abxy"}
+    (tmp_path / "s.csv").write_text(solution.format(**ids))
+    (tmp_path / "p.csv").write_text(predictions.format(**ids))
+    files = ["--solution", str(tmp_path / "s.csv"), "--predictions", str(tmp_path / "p.csv")]
+    app(["submission", task, *files, "--json", "-"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["public"][metric] == pytest.approx(50)

@@ -493,3 +493,32 @@ def test_the_definitions_by_hand() -> None:
     # Both stand before 10, so k shrinks to 4.
     assert landmark_precision_at_k(np.array([0, 3]), 10) == 0.5
     assert landmark_precision_at_k(np.array([0, 3]), 1) == 1
+
+
+def test_counts_of_vectors_that_were_mended_are_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One vector of each block is a sample: others may change, and a file that changed is another one."""
+    monkeypatch.setattr("evaluation.revisited.distractors._BLOCK_ROWS", 16)
+    monkeypatch.setattr("evaluation.revisited.distractors._BLOCKS_PER_SAVE", 1)
+    generator = np.random.default_rng(0)
+    truth = GroundTruth(
+        ("a", "b", "c"), ("q",), np.zeros((1, 4)), (QueryLabels(*(np.array([n]) for n in range(3))),), ""
+    )
+    queries, database = generator.normal(size=(1, 8)), generator.normal(size=(3, 8))
+    vectors = generator.normal(size=(100, 8)).astype(np.float32)
+    broken = vectors.copy()
+    broken[5] *= 50
+    broken[90] = np.nan
+    np.save(tmp_path / "d.npy", broken)
+    file = tmp_path / "counts.npz"
+
+    def evaluate() -> object:
+        distractors = [np.load(tmp_path / "d.npy", mmap_mode="r")]
+        return evaluate_descriptors(queries, database, truth, distractors=distractors, progress_file=file).curve
+
+    with pytest.raises(DataError, match="NaN"):
+        evaluate()
+    assert not file.exists()
+    np.save(tmp_path / "d.npy", vectors)
+    assert evaluate() == evaluate_descriptors(queries, database, truth, distractors=[vectors]).curve
