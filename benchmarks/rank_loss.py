@@ -1,13 +1,14 @@
 """How much CPU time and memory does the fused recall@k loss need, beside a loop over queries that autograd records?
 
-    python benchmarks/rank_loss.py            # three minutes, prints a table
-    python benchmarks/rank_loss.py --save     # and writes it to benchmarks/results/rank_loss_cpu.md
+    python benchmarks/rank_loss.py            # two minutes, prints the tables
+    python benchmarks/rank_loss.py --sizes    # and one of batches from 512 to 16,384: five minutes more
+    python benchmarks/rank_loss.py --save     # and writes them to benchmarks/results/rank_loss_cpu.md
 
 The loop is written from the formulas in the manner of the paper's released code: one query after another, virtual
 samples as embeddings, one backward pass at the end. Its cost per query does not depend on the query, so some queries
 are measured and scaled to all.
 
-Every figure comes from a process of its own. CPU seconds are of all threads, loss and gradient together, the least of
+Every figure comes from a process of its own. CPU seconds are of all threads, loss and gradient together, the median of
 the repeats. Memory of the loop is what autograd keeps for the backward pass, the bytes of all distinct storages it
 saves, and nothing else. Memory of the fused loss is all it takes: the highest resident size (VmHWM) above the size
 with inputs in place, in a process whose allocator returns every block above 1 MB to the system at once, so that it
@@ -19,17 +20,20 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from training.losses import mixing_coefficients, mixing_pairs, recall_at_k_with_gradient
+from training.losses.similarities import Block, ImageSimilarities
 
 RESULT = Path(__file__).parent / "results" / "rank_loss_cpu.md"
 KS = (1, 2, 4, 8, 16)
@@ -60,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images-per-class", type=int, default=4)
     parser.add_argument("--queries-of-the-loop", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", action="store_true", help="also measure other batch sizes")
     parser.add_argument("--save", action="store_true", help=f"write the table to {RESULT.name} too")
     # What one process measures; set by the process that prints the table.
     parser.add_argument("--measure", choices=["fused", "loop"], help=argparse.SUPPRESS)
@@ -96,11 +101,75 @@ def report(arguments: argparse.Namespace) -> str:
         "",
         *(f"* {name}: {description}." for name, description in DATA.items()),
         "",
-        f"{processor()}, {arguments.threads} thread(s), least of {arguments.repeats}. "
+        *(sizes_table(arguments) if arguments.sizes else []),
+        *precision_table(dim),
+        f"{processor()}, {arguments.threads} thread(s), median of {arguments.repeats}. "
         f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}, commit {commit()}.",
         f"Command: `{' '.join(['python', f'benchmarks/{Path(__file__).name}', *sys.argv[1:]])}`",
     ]
     return "\n".join(lines)
+
+
+def sizes_table(arguments: argparse.Namespace) -> list[str]:
+    lines = [
+        "## Other batch sizes, without mixing",
+        "",
+        f"| batch | loop, CPU s | {' | '.join(f'{data}, CPU s' for data in DATA)} | fused, MB at most |",
+        "|---|---|" + "---|" * (len(DATA) + 1),
+    ]
+    for batch in (512, 1024, 2048, 4096, 8192, 16384):
+        options = argparse.Namespace(**(vars(arguments) | {"batch": batch, "repeats": 3}))
+        slow = in_child(options, "loop", "random", False)
+        fast = [in_child(options, "fused", data, False)["seconds"] for data in DATA]
+        lean = [
+            in_child(options, "fused", data, False, MALLOC_MMAP_THRESHOLD_=str(1 << 20))["megabytes"] for data in DATA
+        ]
+        cells = " | ".join(f"{seconds:.3f}" for seconds in fast)
+        lines.append(f"| {batch} | {slow['seconds']:.1f} | {cells} | {max(lean):.0f} |")
+    return [*lines, ""]
+
+
+def precision_table(dim: int) -> list[str]:
+    """How far the gradient is off that of float64, in the norm, if similarities are computed in fewer bits."""
+    labels = torch.arange(1024) // 4
+    precisions: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+        "float32": (lambda rows: rows, lambda tile: tile),
+        "TF32 inputs, float32 out": (tf32, lambda tile: tile),
+        "bfloat16 inputs, float32 out": (lambda rows: rows.bfloat16().float(), lambda tile: tile),
+        "bfloat16 out: refused": (lambda rows: rows, lambda tile: tile.bfloat16().float()),
+    }
+    lines = [
+        f"## Gradient error by precision of the similarities, batch {len(labels)}",
+        "",
+        f"| similarities | {' | '.join(DATA)} |",
+        "|---|" + "---|" * len(DATA),
+    ]
+    for name, (of_inputs, of_outputs) in precisions.items():
+        errors = []
+        for data in DATA:
+            embeddings = make_embeddings(labels, dim, data)
+            _, exact = fused(embeddings.double(), labels, None)
+            with mock.patch.object(ImageSimilarities, "between", narrowed(ImageSimilarities.between, of_outputs)):
+                _, gradient = fused(of_inputs(embeddings), labels, None)
+            errors.append(float((gradient.double() - exact).norm() / exact.norm()))
+        lines.append(f"| {name} | {' | '.join(f'{error:.0e}' for error in errors)} |")
+    return [
+        *lines,
+        "",
+        "The loss computes in float32 or float64 and outside autocast, so that the last row cannot happen.",
+        "",
+    ]
+
+
+def narrowed(
+    between: Callable[[ImageSimilarities, Block, Block], Tensor], narrow: Callable[[Tensor], Tensor]
+) -> Callable[[ImageSimilarities, Block, Block], Tensor]:
+    return lambda similarities, rows, columns: narrow(between(similarities, rows, columns))
+
+
+def tf32(values: Tensor) -> Tensor:
+    """Rounded to the 10 bits of mantissa that TF32 multiplies."""
+    return ((values.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def in_child(arguments: argparse.Namespace, one: str, data: str, mixed: bool, **environment: str) -> dict[str, float]:
@@ -129,11 +198,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again from the present size
         before = resident_megabytes("VmRSS")
         seconds = [cpu_seconds(fused, embeddings, labels, mixing) for _ in range(arguments.repeats)]
-        return {"seconds": min(seconds), "megabytes": resident_megabytes("VmHWM") - before}
+        return {"seconds": statistics.median(seconds), "megabytes": resident_megabytes("VmHWM") - before}
     scale = num_samples / len(queries)
     seconds = [cpu_seconds(loop, embeddings, labels, mixing, queries) for _ in range(arguments.repeats)]
     megabytes = saved_megabytes(embeddings, labels, mixing, queries[:8]) / 8 * num_samples
-    return {"seconds": min(seconds) * scale, "megabytes": megabytes}
+    return {"seconds": statistics.median(seconds) * scale, "megabytes": megabytes}
 
 
 def cpu_seconds(function: Callable[..., object], *arguments: object) -> float:

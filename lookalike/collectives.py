@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -67,6 +68,32 @@ def sum_over_ranks(tensors: Iterable[Tensor], world: World) -> None:
         distributed.all_reduce(flat)
         for tensor, summed in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+
+
+# torch checks that a hook has these very annotations; mypy does not see where it exports the first of them.
+def sum_bucket_over_ranks(
+    state: object,
+    bucket: distributed.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """Communication hook of DistributedDataParallel that sums where the library would average."""
+    work = distributed.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def broadcast_from_first(tensor: Shaped[Tensor, "*shape"], world: World) -> Shaped[Tensor, "*shape"]:
+    """The first rank's tensor, on every rank; others bring one of the same shape and type, which is overwritten."""
+    if world.size > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def gather_on_first(value: Any, world: World) -> list[Any]:
+    """Each rank's value, which must pickle, in rank order on the first rank; empty elsewhere. Tensors: on the CPU."""
+    if world.size == 1:
+        return [value]
+    gathered = [None] * world.size if world.is_first else None
+    distributed.gather_object(value, gathered, dst=0)
+    return gathered or []
 
 
 def any_rank(flag: bool, world: World, *, device: torch.device) -> bool:

@@ -1,12 +1,13 @@
-"""AdamW over parameter groups, and the learning rate of each step."""
+"""Optimizers over parameter groups, and the learning rate of each step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from lookalike.encoder import Encoder
-from training.settings import OptimizerSettings
+from training.optimizer_settings import AdamWSettings, LearningRateSettings, SGDSettings
 
 
 def freeze_parameters(encoder: nn.Module, prefixes: tuple[str, ...]) -> None:
@@ -24,43 +25,92 @@ def freeze_parameters(encoder: nn.Module, prefixes: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
-def create_optimizer(encoder: Encoder, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Groups: backbone and projection, each with and without weight decay.
+def create_optimizer(
+    encoder: Encoder,
+    settings: AdamWSettings | SGDSettings,
+    *,
+    loss_parameters: list[nn.Parameter] | None = None,
+    loss_lr_multiplier: float = 1.0,
+) -> torch.optim.Optimizer:
+    """Groups: backbone, pooling, projection and what the loss learns, each with and without weight decay.
 
     Raises:
-        ValueError: every parameter is frozen.
+        ValueError: every parameter of the encoder is frozen.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    multipliers = _lr_multipliers(settings, loss=loss_lr_multiplier)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             # One-dimensional parameters are norms, biases and the power of the pooling.
-            key = (name.startswith("backbone."), parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
+            is_decayed = parameter.ndim > 1 or settings.decays_every_parameter
+            groups.setdefault((name.partition(".")[0], is_decayed), []).append(parameter)
     if not groups:
         raise ValueError("frozen: no parameter is left to train")
-    return torch.optim.AdamW(
+    if loss_parameters:
+        # Proxies are compared at unit length: decay would only change their learning rate.
+        groups["loss", settings.decays_every_parameter] = loss_parameters
+    return _create(
         [
             {
                 "params": parameters,
                 "weight_decay": settings.weight_decay if is_decayed else 0.0,
-                "highest_lr": settings.lr * (1.0 if is_backbone else settings.projection_lr_multiplier),
+                "highest_lr": settings.lr * multipliers[part],
             }
-            for (is_backbone, is_decayed), parameters in sorted(groups.items())
+            for (part, is_decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
-        lr=settings.lr,
+        settings,
     )
 
 
-def schedule_factor(step: int, settings: OptimizerSettings, *, num_steps: int) -> float:
+def schedule_factor(step: int, settings: LearningRateSettings, *, num_steps: int, num_steps_per_epoch: int) -> float:
     """Factor on the highest learning rate at `step` in [0, num_steps)."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return 1.0
-    done = (step - settings.warmup_steps) / (num_steps - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    num_warmup_steps = warmup_length(settings, num_steps_per_epoch=num_steps_per_epoch)
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    match settings.unit:
+        case "step":
+            done, total = step - num_warmup_steps, num_steps - num_warmup_steps
+        case "epoch":
+            # The epoch in which the warm-up ends is at the full rate.
+            first_epoch = num_warmup_steps // num_steps_per_epoch
+            done = step // num_steps_per_epoch - first_epoch
+            total = math.ceil(num_steps / num_steps_per_epoch) - first_epoch
+    match settings.schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done / total))
+        case "step":
+            assert settings.decay_every is not None  # the settings ensure it
+            return float(settings.decay_factor ** (done // settings.decay_every))
+
+
+def warmup_length(settings: LearningRateSettings, *, num_steps_per_epoch: int) -> int:
+    """Steps of the warm-up."""
+    return settings.warmup_steps or settings.warmup_epochs * num_steps_per_epoch
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["highest_lr"] * factor
+
+
+def _lr_multipliers(settings: LearningRateSettings, *, loss: float) -> dict[str, float]:
+    """By the encoder's part, or the loss."""
+    projection = settings.projection_lr_multiplier
+    pooling = projection if settings.pooling_lr_multiplier is None else settings.pooling_lr_multiplier
+    return {"backbone": 1.0, "pool": pooling, "projection": projection, "loss": loss}
+
+
+def _create(groups: list[dict[str, Any]], settings: AdamWSettings | SGDSettings) -> torch.optim.Optimizer:
+    match settings:
+        case AdamWSettings():
+            return torch.optim.AdamW(
+                groups,
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.epsilon,
+                amsgrad=settings.keeps_largest_square,
+            )
+        case SGDSettings():
+            return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from lookalike.events import read_events
 
 NUM_STEPS = 12
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training")
 
 
 @pytest.fixture
 def config(tmp_path: Path, shards_folder: Path) -> Path:
-    """A network with dropout and stochastic depth, mixing and an average: everything with state or chance."""
+    """Dropout and stochastic depth, mixing, an average, a controlled temperature, validation: with state or chance."""
     tree = {
         "shards": str(shards_folder),
         "run": str(tmp_path / "run"),
@@ -33,11 +34,19 @@ def config(tmp_path: Path, shards_folder: Path) -> Path:
             "drop_path_rate": 0.1,
             "input": {"size": 32},
         },
-        "loss": {"ks": [1, 2, 4], "rank_temperature": 0.05, "mixes_similarities": True},
+        "loss": {
+            "ks": [1, 2, 4],
+            "rank_temperature": 0.05,
+            "k_temperature": {"schedule": "live_fraction", "lowest": 0.5, "highest": 4.0, "target": 0.7},
+            "mixes_similarities": True,
+            "mixing": {"share": 0.8, "beta": [2.0, 2.0]},
+        },
         "optimizer": {"lr": 1e-3, "warmup_steps": 2, "max_gradient_norm": 1.0},
         "average_decay": 0.9,
         "augmentation": yaml.safe_load(resources.files("demo").joinpath("recipe.yaml").read_text())["augmentation"],
+        "validation": {"class_share": 0.35, "steps_between": 3},  # two of six classes, by their names
         "steps_per_checkpoint": 2,
+        "writes_checkpoints_in_background": True,
         "num_workers": 1,
         "num_threads": 2,
         "seed": 3,
@@ -47,15 +56,22 @@ def config(tmp_path: Path, shards_folder: Path) -> Path:
     return path
 
 
-def train(config: Path, *overrides: str, launcher: tuple[str, ...] = ("-m", "training")) -> None:
+def train(config: Path, *overrides: str, launcher: tuple[str, ...] = ("-m", "training")) -> str:
     result = subprocess.run(
         [sys.executable, *launcher, str(config), *overrides], capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "encoder" / "encoder.safetensors")
+    """Of the last step; the finished encoder may be an earlier one, the best by validation."""
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    return load_file(folders[-1] / "encoder" / "encoder.safetensors")
+
+
+def finished_encoder(run: Path) -> bytes:
+    return (run / "encoder" / "encoder.safetensors").read_bytes()
 
 
 def kill_after_step(config: Path, run: Path, step: int) -> None:
@@ -108,6 +124,8 @@ def test_sigterm_ends_training_cleanly_and_says_how_to_go_on(config: Path, tmp_p
     _, errors = process.communicate(timeout=60)  # ends only when nobody holds the pipe any more
     assert process.returncode == 143
     assert errors.strip().splitlines()[-1].endswith("Run the same command again to continue.")
+    num_done = read_events(run / "events-rank0.jsonl", "step")[-1]["step"] + 1
+    assert (run / "checkpoints" / f"step_{num_done:06d}").exists(), "the step that was going on is finished and saved"
 
 
 def test_a_run_killed_at_random_steps_ends_with_the_bits_of_an_undisturbed_one(config: Path, tmp_path: Path) -> None:
@@ -124,6 +142,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_bits_of_an_undisturbed_one(c
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), f"{name} differs after kills at steps {first} and {first + 3}"
+    assert finished_encoder(killed) == finished_encoder(tmp_path / "undisturbed")
 
 
 def test_two_processes_train_the_encoder_of_one(config: Path, tmp_path: Path) -> None:
@@ -137,8 +156,7 @@ def test_two_processes_train_the_encoder_of_one(config: Path, tmp_path: Path) ->
         "optimizer.lr=1e-4",
     )
     train(config, *plain, f"run={tmp_path / 'one'}")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training")
-    train(config, *plain, f"run={tmp_path / 'two'}", launcher=torchrun)
+    train(config, *plain, f"run={tmp_path / 'two'}", launcher=TORCHRUN)
     losses = [
         [event["loss"] for event in read_events(tmp_path / run / "events-rank0.jsonl", "step")]
         for run in ("one", "two")
@@ -154,3 +172,10 @@ def test_two_processes_train_the_encoder_of_one(config: Path, tmp_path: Path) ->
         if value.is_floating_point():
             # Three steps of at most 1e-4 each; a wrong factor or lost gradient would show as differences of that size.
             assert float((two[name] - value).abs().mean()) < 1e-5, name
+
+
+def test_gradients_of_two_processes_are_verified_from_the_command_line(config: Path, tmp_path: Path) -> None:
+    lines = train(config, "--verify-gradients", "backend.name=ddp", launcher=TORCHRUN).splitlines()
+    verdicts = [line for line in lines if line.startswith("passed: backend ddp over 2 processes in ")]
+    assert [line.split(" in ")[1].split(",")[0] for line in verdicts] == ["float32", "float64"]
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.losses import mixing_pairs, recall_at_k_surrogate, similarities, smooth_ranks
+from training.losses import mixing_pairs, query_plan, recall_at_k_surrogate, similarities
 
 
 @st.composite
@@ -72,9 +72,9 @@ def value_and_gradient(loss, embeddings, labels, **options):
 def test_fused_loss_is_the_formula(batch, max_sparse_share, queries_per_block):
     embeddings, labels, options = batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smooth_ranks, "_BLOCK_ENTRIES_CPU", 1)
-        patch.setattr(smooth_ranks, "_MIN_BLOCK_QUERIES", queries_per_block)
-        patch.setattr(smooth_ranks, "MAX_SPARSE_SHARE", max_sparse_share)
+        patch.setattr(query_plan, "_BLOCK_ENTRIES_CPU", 1)
+        patch.setattr(query_plan, "_MIN_BLOCK_QUERIES", queries_per_block)
+        patch.setattr(query_plan, "MAX_SPARSE_SHARE", max_sparse_share)
         patch.setattr(similarities, "MAX_SPARSE_SHARE", max_sparse_share)
         value, gradient = value_and_gradient(recall_at_k_surrogate, embeddings, labels, **options)
     expected_value, expected_gradient = value_and_gradient(slow_surrogate, embeddings, labels, **options)

@@ -7,14 +7,17 @@ holds the shares of the two images that a sample is made of.
 Source: Patel, Tolias, Matas, CVPR 2022, arXiv:2108.11179, similarity mixup, eq. 9 and 10.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
+from numpy import ndarray
 from torch import Tensor
 
 from lookalike.counter_random import counter_hash
+from training.losses.batch_arguments import check_above_zero
 from training.losses.class_rows import group_by_class
 from training.losses.sparse_matrix import SparseMatrix, sparse_matrix
 
@@ -53,15 +56,89 @@ def mixing_coefficients(labels: Int[Tensor, "batch"], *, seed: int, step: int) -
     Raises:
         ValueError: `seed` or `step` is outside its range.
     """
+    uniform = _uniform(labels, mixing_pairs(labels), seed=seed, step=step)
+    return torch.from_numpy(uniform.astype(np.float32)).to(labels.device)
+
+
+@dataclass(frozen=True, slots=True)
+class PairMixing:
+    """Which pairs are mixed, and how."""
+
+    pairs: Int[Tensor, "pairs 2"]  # (i, j) of one class, some of `mixing_pairs`
+    coefficients: Float[Tensor, "pairs"]  # the share of row i, in [0, 1]; 1 minus it that of row j
+
+
+# Coefficients of all pairs of `mixing_pairs`, or of some of them.
+Mixing = Float[Tensor, "pairs"] | PairMixing
+
+
+def draw_mixing(
+    labels: Int[Tensor, "batch"],
+    *,
+    seed: int,
+    step: int,
+    share: float = 1.0,
+    beta: tuple[float, float] = (1.0, 1.0),
+) -> PairMixing:
+    """Some pairs, each used with the probability `share`, with coefficients from the Beta(a, b) distribution.
+
+    As with `mixing_coefficients`, everything is a function of seed, step, class and slots, and is the same for every
+    layout of processes. Beta(1, 1) with share 1 draws its very numbers; a share leaves the coefficients of the pairs
+    that it keeps alone.
+
+    Args:
+        labels, seed, step: See `mixing_coefficients`.
+        share: Of the virtual samples, those to use: 0 to 1.
+        beta: (a, b), above 0: below 1 samples crowd near the images, above 1 in the middle between them.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}")
+    for parameter in beta:
+        check_above_zero("beta", parameter)
+    pairs = mixing_pairs(labels)
+    uniform = _uniform(labels, pairs, seed=seed, step=step)
+    if beta != (1.0, 1.0):
+        quantiles, log_odds = _beta_quantiles(*beta)
+        uniform = 1 / (1 + np.exp(-np.interp(uniform, quantiles, log_odds)))
+    coefficients = torch.from_numpy(uniform.astype(np.float32)).to(labels.device)
+    if share < 1:
+        is_used = _uniform(labels, pairs, seed=seed, step=step, purpose=1) < share
+        used = torch.from_numpy(is_used).to(labels.device)
+        return PairMixing(pairs[used], coefficients[used])
+    return PairMixing(pairs, coefficients)
+
+
+def _uniform(
+    labels: Int[Tensor, "batch"], pairs: Int[Tensor, "pairs 2"], *, seed: int, step: int, purpose: int = 0
+) -> Float64[ndarray, "pairs"]:
+    """Exact in float32, never 0 or 1. Another purpose gives numbers independent of the first."""
     for name, number in (("seed", seed), ("step", step)):
         if not 0 <= number < 2**63:
             raise ValueError(f"{name} must be between 0 and 2^63 - 1, got {number}")
-    pairs = mixing_pairs(labels)
     slots = group_by_class(labels).slots[pairs]
     words = torch.stack([labels[pairs[:, 0]].long(), slots[:, 0], slots[:, 1]]).cpu().numpy()
-    # The middle of one of 2^23 equal cells: exact in float32, never 0 or 1.
-    cells = (counter_hash(seed, step, *words) >> np.uint64(41)).astype(np.float64)
-    return torch.from_numpy(((cells + 0.5) / 2**23).astype(np.float32)).to(labels.device)
+    hashed = counter_hash(seed, step, *words, *([purpose] if purpose else []))
+    # The middle of one of 2^23 equal cells.
+    return ((hashed >> np.uint64(41)).astype(np.float64) + 0.5) / 2**23
+
+
+@functools.lru_cache(maxsize=4)
+def _beta_quantiles(a: float, b: float) -> tuple[Float64[ndarray, "points"], Float64[ndarray, "points"]]:
+    """The distribution function of Beta(a, b) over log odds, log(x / (1 - x)): (probabilities, log odds), ascending.
+
+    In log odds the density x^a (1 - x)^b is smooth and falls off as exp(a z) and exp(-b z), whatever a and b, so that
+    sums over even steps are integrals. Off by 1e-6 in probability where a or b is 0.1, by less above.
+    """
+    log_odds = np.linspace(-40 - 20 / a, 40 + 20 / b, 1 << 17)
+    log_density = -a * np.logaddexp(0, -log_odds) - b * np.logaddexp(0, log_odds)
+    density = np.exp(log_density - log_density.max())
+    steps = (density[1:] + density[:-1]) / 2
+    probabilities = np.concatenate([[0.0], steps.cumsum()]) / steps.sum()
+    is_new = np.concatenate([[True], np.diff(probabilities) > 0])
+    return probabilities[is_new], log_odds[is_new]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,43 +4,78 @@ The rank of a positive x of a query q is a sum over the gallery of soft comparis
 
     r(q, x) = 1 + Σ_{z ≠ x} σ((s(q, z) - s(q, x)) / τ)
 
-so one row of similarities serves all positives of its query. Queries are worked on in blocks. Once the ranks of a
-block are known, so is the slope of the loss in each of them, and the block's gradient is formed while its
-similarities are at hand: they are computed once, and nothing is kept for a backward pass.
+The thresholds come first: they are few. Then one similarity serves all positives of its query, and all of its gallery
+image where that is a query too, because s(q, z) = s(z, q): only half of the similarities are computed. They come in
+square tiles that stay in a CPU's caches, and no tile is kept.
 
-σ is flat, so most of the work can be left out without a trace in the result:
-  * a positive that ranks far below where the loss still cares has no slope, and a query with only such positives
-    has no gradient;
-  * an image far below the lowest threshold that has a slope does not touch the gradient. Once an encoder has
-    learned something that is nearly every image, and the gradient is a short list of (query, image) pairs. Before,
-    the list would be long and the block is treated as a dense matrix.
-"Far" is where everything left out together stays below the round-off of what is kept (`_saturation`), so float64
+σ is flat, so most of the work can be left out without a trace in the result. An image far below the lowest threshold
+of a query adds nothing to its ranks or to its gradient; once an encoder has learned something, that is nearly every
+image. Three ways follow, from fast to slow:
+  1. the near pairs of the batch are few: they are listed, and ranks and gradient follow from the list;
+  2. they are many, but a positive that ranks far below where the loss still cares has no slope, and a query with only
+     such positives has no gradient. Seen from the positives with a slope the near pairs are few: the ranks come from
+     tiles, the gradient from a list;
+  3. ranks and gradient both come from tiles, the second time only those of queries that have a gradient.
+"Far" is where everything left out together stays below the round-off of what is kept (`saturation_of`), so float64
 leaves out less than float32.
 
 Source: Patel, Tolias, Matas, CVPR 2022, arXiv:2108.11179, eq. 5 and 6.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from training.losses.class_rows import ClassRows, group_by_class
+from training.losses.class_rows import group_by_class
 from training.losses.mixing import Mixture
-from training.losses.similarities import MAX_SPARSE_SHARE, ImageSimilarities, MixedSimilarities, Similarities
+from training.losses.query_plan import (
+    NearPairs,
+    OfBlocks,
+    Plan,
+    Queries,
+    floor_of,
+    near_pairs,
+    of_live_queries,
+    plan_tiles,
+    queries_of_share,
+)
+from training.losses.rank_statistics import RankStatistics, rank_histogram
+from training.losses.similarities import ImageSimilarities, MixedSimilarities, Similarities
+from training.losses.soft_comparisons import Sigmoid, SoftComparisons, Workspace, saturation_of
 
-# Similarities held at a time. 4 MB of float32 stay in a CPU's caches; an accelerator wants more work per launch.
-_BLOCK_ENTRIES_CPU = 1 << 20
-_BLOCK_ENTRIES_ACCELERATOR = 1 << 25
-_MIN_BLOCK_QUERIES = 32
+# Numbers held at a time where positives are compared with one another.
+_COMPARISONS = 1 << 18
 
 
-# (ranks [queries, positives], is_positive, the same shape) -> (a loss of each query [queries], its derivative by each
-# rank [queries, positives]: 0 where is_positive is not set, and the rank there has no meaning).
-LossOfRanks = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where the positives of some queries rank. Entries that are not `is_positive` have no meaning."""
+
+    among_all: Float[Tensor, "queries positives"]
+    is_positive: Bool[Tensor, "queries positives"]
+    thresholds: Float[Tensor, "queries positives"]  # their similarities to the query
+    temperature: float  # τ
+
+    def among_positives(self) -> Float[Tensor, "queries positives"]:
+        """The same in a gallery of the query's positives alone."""
+        rows = [1 + _comparisons_of_positives(self, part).sum(2) for part in _row_parts(self.is_positive)]
+        return torch.cat(rows) if rows else torch.ones_like(self.thresholds)
+
+
+@dataclass(frozen=True, slots=True)
+class LossAtRanks:
+    """A loss of each query and its derivatives by each rank, 0 where an entry is not a positive."""
+
+    losses: Float[Tensor, "queries"]
+    slopes: Float[Tensor, "queries positives"]  # by `Ranks.among_all`
+    slopes_among_positives: Float[Tensor, "queries positives"] | None = None  # None: it does not use those ranks
+
+
+LossOfRanks = Callable[[Ranks], LossAtRanks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,71 +84,12 @@ class RankLoss:
 
     loss: Float[Tensor, ""]
     gradient: Float[Tensor, "batch dim"] | None  # by every embedding of the batch; None where not asked for
-    live_fraction: float  # of the queries, those with a gradient: near 0 the batch teaches nothing
+    statistics: RankStatistics
 
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Some queries against the whole gallery. Queries with more positives come first."""
-
-    queries: Int[Tensor, "queries"]
-    similarities: Float[Tensor, "queries gallery"]
-    positives: Int[Tensor, "queries positives"]  # in the gallery
-    is_positive: Bool[Tensor, "queries positives"]
-    thresholds: Float[Tensor, "queries positives"]  # similarities of the positives; some of them again as padding
-
-    def select(self, rows: Int[Tensor, "chosen"]) -> "_Block":
-        if len(rows) == len(self.queries):
-            return self
-        return _Block(
-            queries=self.queries[rows],
-            similarities=self.similarities[rows],
-            positives=self.positives[rows],
-            is_positive=self.is_positive[rows],
-            thresholds=self.thresholds[rows],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Sigmoid:
-    """The σ of a batch."""
-
-    temperature: float
-    saturation: float  # how many temperatures from 0 it is flat, see `_saturation`
-
-
-class _SoftComparisons:
-    """σ((s(q, z) - t) / τ) of a block, for one threshold t of each query after another.
-
-    One exponential serves all thresholds: with h the highest of a row, e = exp((h - s) / τ) and b = exp((h - t) / τ),
-    the comparison is b / (b + e). Since b is at least 1, e may overflow to infinity and only make it 0.
-    """
-
-    def __init__(self, block: _Block, sigmoid: _Sigmoid) -> None:
-        self._block = block
-        self._temperature = sigmoid.temperature
-        self._result = torch.empty_like(block.similarities)
-        # As many of a block's first queries have a first positive, a second and so on.
-        self.num_queries: list[int] = block.is_positive.sum(0).tolist()
-        highest = block.thresholds.amax(1, keepdim=True)
-        scale = 1 / (self._temperature * math.log(2))  # exp2 is more than twice as fast as exp
-        largest_exponent = math.log(torch.finfo(block.similarities.dtype).max)
-        spread = float((highest - block.thresholds).max()) / self._temperature
-        # Beyond, an e that overflows could still matter to the lowest threshold.
-        self._is_shared = spread + sigmoid.saturation <= largest_exponent
-        if self._is_shared:
-            self._exponentials = torch.sub(highest, block.similarities).mul_(scale).exp2_()
-            self._offsets = torch.sub(highest, block.thresholds).mul_(scale).exp2_()
-
-    def with_positive(self, index: int) -> Float[Tensor, "queries gallery"]:
-        """Of the first `num_queries[index]` queries; overwritten by the next call."""
-        count = self.num_queries[index]
-        result = self._result[:count]
-        if self._is_shared:
-            offsets = self._offsets[:count, index, None]
-            return torch.add(self._exponentials[:count], offsets, out=result).reciprocal_().mul_(offsets)
-        thresholds = self._block.thresholds[:count, index, None]
-        return torch.sub(self._block.similarities[:count], thresholds, out=result).div_(self._temperature).sigmoid_()
+    @property
+    def live_fraction(self) -> float:
+        """Of the queries, those with a gradient: near 0 the batch teaches nothing."""
+        return self.statistics.live_fraction
 
 
 def smooth_rank_loss(
@@ -140,146 +116,220 @@ def smooth_rank_loss(
         mixture: Samples to use in place of the embeddings.
         query_share: (worker, number of workers): that worker's part of the queries only. The losses and the
             gradients of all workers add up to those of the whole.
-        with_gradient: Costs up to three times the loss before training, a fraction of it after.
+        with_gradient: Costs up to four times the loss before training, a fraction of it after.
 
     Returns:
         In the dtype of `embeddings`. Without a single positive, loss and gradient are 0.
 
-    Memory above the arguments: one or two gradients and about six blocks of 4 MB. On CPU the result is the same to
-    the bit for the same number of threads.
+    Memory above the arguments: one or two gradients, a list that is no larger than those, and about six tiles of 1 MB.
+    On CPU the result is the same to the bit for the same number of threads.
     """
     samples = ImageSimilarities(embeddings) if mixture is None else MixedSimilarities(embeddings, mixture)
     classes = group_by_class(labels)
-    num_ranked, queries = _queries_of_share(classes, query_share)
-    block_size = _queries_per_block(embeddings.device, len(labels))
-    sigmoid = _Sigmoid(rank_temperature, _saturation(embeddings.dtype, len(labels)))
+    num_ranked, share = queries_of_share(classes, query_share)
+    sigmoid = Sigmoid(rank_temperature, saturation_of(embeddings.dtype, len(labels)))
+    plan = plan_tiles(samples, classes, share, ranks_query_itself=ranks_query_itself)
 
+    floors = [floor_of(queries, queries.is_positive, sigmoid) for queries in plan.queries]
+    near = near_pairs(samples, plan, floors)
+    if near is None:
+        ranks = _ranks_from_tiles(samples, plan, sigmoid)
+    else:
+        ranks = [_ranks_from_list(*one, sigmoid) for one in zip(plan.queries, near, strict=True)]
+    all_ranks = [
+        Ranks(among_all, queries.is_positive, queries.thresholds, rank_temperature)
+        for queries, among_all in zip(plan.queries, ranks, strict=True)
+    ]
+    at_ranks = [loss_of_ranks(one) for one in all_ranks]
     loss = torch.zeros((), dtype=torch.float64, device=embeddings.device)
-    steepest = embeddings.new_zeros(())
-    num_live = 0
-    for start in range(0, len(queries), block_size):
-        block_queries = queries[start : start + block_size]
-        block = _block(samples, classes, block_queries, ranks_query_itself=ranks_query_itself)
-        ranks = _ranks(block, sigmoid)
-        losses, slopes = loss_of_ranks(ranks, block.is_positive)
-        loss += losses.sum(dtype=torch.float64)
-        if not with_gradient:
-            continue
-        # What is negligible is measured against the steepest slope seen: a batch of small slopes keeps its gradient.
-        steepest = torch.maximum(steepest, slopes.abs().amax())
-        slopes = torch.where(slopes.abs() <= steepest * math.exp(-sigmoid.saturation), 0, slopes)
-        live = slopes.any(1).nonzero().squeeze(1)
-        num_live += len(live)
-        if len(live):
-            _add_gradient(samples, block.select(live), slopes[live] / num_ranked, sigmoid)
+    for part in at_ranks:
+        loss += part.losses.sum(dtype=torch.float64)
+    num_live, num_comparisons, num_in_window = 0, 0, 0.0
+    if with_gradient and plan.queries:
+        slopes = _without_negligible([part.slopes for part in at_ranks], sigmoid)
+        num_live = sum(int(part.any(1).count_nonzero()) for part in slopes)
+        num_comparisons = sum(int(part.count_nonzero()) for part in slopes) * len(labels)
+        slopes = [part / num_ranked for part in slopes]
+        for queries, one, part in zip(plan.queries, all_ranks, at_ranks, strict=True):
+            if part.slopes_among_positives is not None:
+                _add_gradient_among_positives(samples, queries, one, part.slopes_among_positives / num_ranked)
+        if num_live:
+            num_in_window = 4 * _add_gradient(samples, plan, slopes, near, sigmoid)
     return RankLoss(
         loss=(loss / max(num_ranked, 1)).to(embeddings.dtype),
         gradient=samples.gradient() if with_gradient else None,
-        live_fraction=num_live / max(len(queries), 1),
+        statistics=RankStatistics(
+            num_queries=len(share),
+            num_live_queries=num_live,
+            num_comparisons=num_comparisons,
+            num_in_window=num_in_window,
+            rank_histogram=rank_histogram(
+                (one.among_all[one.is_positive] for one in all_ranks),
+                num_samples=len(labels),
+            ),
+        ),
     )
 
 
-def _saturation(dtype: torch.dtype, num_samples: int) -> float:
-    """How many temperatures away from its threshold σ is flat: there, all samples together are below the round-off."""
-    return math.log(num_samples / torch.finfo(dtype).eps)
+def _without_negligible(slopes: OfBlocks, sigmoid: Sigmoid) -> OfBlocks:
+    # Measured against the steepest: a batch of small slopes keeps its gradient.
+    steepest = torch.stack([part.abs().amax() for part in slopes]).amax()
+    return [torch.where(part.abs() <= steepest * math.exp(-sigmoid.saturation), 0, part) for part in slopes]
 
 
-def _queries_per_block(device: torch.device, num_samples: int) -> int:
-    entries = _BLOCK_ENTRIES_CPU if device.type == "cpu" else _BLOCK_ENTRIES_ACCELERATOR
-    return max(_MIN_BLOCK_QUERIES, entries // num_samples)
+def _ranks_from_list(queries: Queries, near: NearPairs, sigmoid: Sigmoid) -> Float[Tensor, "queries positives"]:
+    ranks = torch.zeros_like(queries.thresholds.T)  # so that those of one place are contiguous
+    for one, thresholds in zip(ranks, queries.thresholds.T.contiguous(), strict=True):
+        comparisons = (near.similarities - thresholds[near.rows]).div_(sigmoid.temperature).sigmoid_()
+        one.index_add_(0, near.rows, comparisons)
+    # Each positive met itself in the sum, at σ(0) = 1/2 where the rank has 1.
+    return ranks.T + 0.5
 
 
-def _queries_of_share(classes: ClassRows, query_share: tuple[int, int]) -> tuple[int, Int[Tensor, "queries"]]:
-    """How many queries have positives, and those of one worker, those with more positives first."""
-    worker, num_workers = query_share
-    ranked = classes.order[classes.sizes[classes.order] > 1]
-    # By class, because mixed queries of one class are made of the same images.
-    share = ranked[len(ranked) * worker // num_workers : len(ranked) * (worker + 1) // num_workers]
-    return len(ranked), share[torch.argsort(classes.sizes[share], descending=True, stable=True)]
-
-
-def _block(
-    samples: Similarities, classes: ClassRows, queries: Int[Tensor, "queries"], *, ranks_query_itself: bool
-) -> _Block:
-    similarities = samples.rows(queries)
-    if not ranks_query_itself:
-        similarities.scatter_(1, queries[:, None], -math.inf)
-    positives, is_positive = classes.others(queries)
-    thresholds = similarities.gather(1, positives)
-    return _Block(
-        queries, similarities, positives, is_positive, torch.where(is_positive, thresholds, thresholds[:, :1])
-    )
-
-
-def _ranks(block: _Block, sigmoid: _Sigmoid) -> Float[Tensor, "queries positives"]:
-    comparisons = _SoftComparisons(block, sigmoid)
-    ranks = torch.zeros_like(block.thresholds)
-    for index, count in enumerate(comparisons.num_queries):
-        # Each positive met itself in the sum, at σ(0) = 1/2 where the rank has 1.
-        ranks[:count, index] = comparisons.with_positive(index).sum(1) + 0.5
+def _ranks_from_tiles(samples: Similarities, plan: Plan, sigmoid: Sigmoid) -> OfBlocks:
+    comparisons = [
+        SoftComparisons(queries.thresholds, sigmoid, is_served=queries.is_positive) for queries in plan.queries
+    ]
+    ranks = [torch.full_like(queries.thresholds, 0.5) for queries in plan.queries]
+    workspace = Workspace(2)
+    for row, column, serves_both, similarities in plan.tiles(samples):
+        buffers = workspace.like(similarities)
+        _add_comparisons(ranks[row], comparisons[row], similarities, buffers)
+        if serves_both:
+            _add_comparisons(ranks[column], comparisons[column], similarities.T, [buffer.T for buffer in buffers])
     return ranks
+
+
+def _add_comparisons(
+    ranks: Float[Tensor, "queries positives"],
+    comparisons: SoftComparisons,
+    similarities: Float[Tensor, "queries gallery"],
+    buffers: list[Float[Tensor, "queries gallery"]],
+) -> None:
+    comparisons.begin(similarities, buffers)
+    for index, count in enumerate(comparisons.num_queries):
+        ranks[:count, index] += comparisons.sums_with_positive(index)
 
 
 def _add_gradient(
     samples: Similarities,
-    block: _Block,
-    slopes: Float[Tensor, "queries positives"],
-    sigmoid: _Sigmoid,
-) -> None:
-    """Hands `samples` the gradient that `slopes`, those of the loss by each rank, cause in the block's similarities.
+    plan: Plan,
+    slopes: OfBlocks,
+    near: list[NearPairs] | None,
+    sigmoid: Sigmoid,
+) -> float:
+    """Hands `samples` the gradient that `slopes`, those of the loss by each rank, cause in the similarities.
 
     A rank rises with s(q, z) as fast as σ does, σ' = σ (1 - σ), and falls with its threshold as fast as all together;
     z = x cancels, as it should.
+
+    Returns the sum of σ' over all comparisons with positives that have a slope.
     """
-    lowest = torch.where(slopes != 0, block.thresholds, math.inf).amin(1, keepdim=True)
-    is_near = block.similarities > lowest - sigmoid.saturation * sigmoid.temperature
-    if int(is_near.count_nonzero()) > MAX_SPARSE_SHARE * is_near.numel():
-        _add_dense_gradient(samples, block, slopes, sigmoid)
-    else:
-        _add_sparse_gradient(samples, block, slopes, is_near, temperature=sigmoid.temperature)
+    if near is None:
+        plan, slopes = of_live_queries(samples, plan, slopes)
+        live_floors = [
+            floor_of(queries, part != 0, sigmoid) for queries, part in zip(plan.queries, slopes, strict=True)
+        ]
+        near = near_pairs(samples, plan, live_floors)
+    if near is None:
+        return _add_gradient_from_tiles(samples, plan, slopes, sigmoid)
+    return sum(_add_gradient_from_list(samples, *one, sigmoid) for one in zip(plan.queries, slopes, near, strict=True))
 
 
-def _add_dense_gradient(
-    samples: Similarities,
-    block: _Block,
+def _add_gradient_from_tiles(samples: Similarities, plan: Plan, slopes: OfBlocks, sigmoid: Sigmoid) -> float:
+    comparisons = [
+        SoftComparisons(queries.thresholds, sigmoid, is_served=part != 0)
+        for queries, part in zip(plan.queries, slopes, strict=True)
+    ]
+    pulls = [torch.zeros_like(part) for part in slopes]
+    workspace = Workspace(3)
+    for row, column, serves_both, similarities in plan.tiles(samples):
+        pull, *buffers = workspace.like(similarities)
+        pull.zero_()
+        _add_pull(pull, pulls[row], comparisons[row], slopes[row], similarities, buffers)
+        if serves_both:
+            turned = [buffer.T for buffer in buffers]
+            _add_pull(pull.T, pulls[column], comparisons[column], slopes[column], similarities.T, turned)
+        samples.add_gradient(plan.queries[row].block, plan.gallery[column], pull.div_(sigmoid.temperature))
+    for queries, part, pull in zip(plan.queries, slopes, pulls, strict=True):
+        _add_gradient_by_thresholds(samples, queries, (part * pull).div_(-sigmoid.temperature))
+    return float(sum((pull * (part != 0)).sum() for part, pull in zip(slopes, pulls, strict=True)))
+
+
+def _add_pull(
+    pull: Float[Tensor, "queries gallery"],
+    pulls: Float[Tensor, "queries positives"],
+    comparisons: SoftComparisons,
     slopes: Float[Tensor, "queries positives"],
-    sigmoid: _Sigmoid,
+    similarities: Float[Tensor, "queries gallery"],
+    buffers: list[Float[Tensor, "queries gallery"]],
 ) -> None:
-    comparisons = _SoftComparisons(block, sigmoid)
-    pull = torch.zeros_like(block.similarities)
-    pulls = torch.zeros_like(slopes)
+    """Adds Σ slope * σ' over positives to `pull`, and Σ σ' over the gallery to `pulls`."""
+    comparisons.begin(similarities, buffers)
+    by_positive = slopes.T.contiguous()[:, :, None]
     for index, count in enumerate(comparisons.num_queries):
         steepness = comparisons.with_positive(index)
         steepness.addcmul_(steepness, steepness, value=-1)
-        pull[:count].addcmul_(steepness, slopes[:count, index, None])
-        pulls[:count, index] = steepness.sum(1)
-    pull.scatter_add_(1, block.positives, -slopes * pulls)
-    samples.add_gradient(block.queries, pull.div_(sigmoid.temperature))
+        pull[:count].addcmul_(steepness, by_positive[index, :count])
+        pulls[:count, index] += steepness.sum(1)
 
 
-def _add_sparse_gradient(
-    samples: Similarities,
-    block: _Block,
-    slopes: Float[Tensor, "queries positives"],
-    is_near: Bool[Tensor, "queries gallery"],
-    *,
-    temperature: float,
+def _add_gradient_by_thresholds(
+    samples: Similarities, queries: Queries, slopes: Float[Tensor, "queries positives"]
 ) -> None:
-    rows, columns = is_near.nonzero(as_tuple=True)
-    similarities = block.similarities[rows, columns]
-    pull = torch.zeros_like(similarities)
-    pulls = torch.zeros_like(slopes.T)  # [positives, queries], so that one positive's are contiguous
+    rows = torch.arange(len(queries), device=slopes.device)[:, None].expand_as(slopes)
+    samples.add_sparse_gradient(queries.block.samples, rows.flatten(), queries.positives.flatten(), slopes.flatten())
+
+
+def _add_gradient_from_list(
+    samples: Similarities,
+    queries: Queries,
+    slopes: Float[Tensor, "queries positives"],
+    near: NearPairs,
+    sigmoid: Sigmoid,
+) -> float:
+    rows = near.rows
+    pull = torch.zeros_like(near.similarities)
+    pulls = torch.zeros_like(slopes.T)  # [positives, queries], so that those of one place are contiguous
     for index, (thresholds, slope) in enumerate(
-        zip(block.thresholds.T.contiguous(), slopes.T.contiguous(), strict=True)
+        zip(queries.thresholds.T.contiguous(), slopes.T.contiguous(), strict=True)
     ):
-        steepness = (similarities - thresholds[rows]).div_(temperature).sigmoid_()
+        steepness = (near.similarities - thresholds[rows]).div_(sigmoid.temperature).sigmoid_()
         steepness.addcmul_(steepness, steepness, value=-1)
         pull.addcmul_(steepness, slope[rows])
         pulls[index].index_add_(0, rows, steepness)
     positive_rows = torch.arange(len(slopes), device=rows.device)[:, None].expand_as(slopes)
     samples.add_sparse_gradient(
-        block.queries,
+        queries.block.samples,
         torch.cat([rows, positive_rows.flatten()]),
-        torch.cat([columns, block.positives.flatten()]),
-        torch.cat([pull, (-slopes * pulls.T).flatten()]).div_(temperature),
+        torch.cat([near.samples, queries.positives.flatten()]),
+        torch.cat([pull, (-slopes * pulls.T).flatten()]).div_(sigmoid.temperature),
     )
+    return float((pulls.T * (slopes != 0)).sum())
+
+
+def _row_parts(is_positive: Bool[Tensor, "queries positives"]) -> Iterator[slice]:
+    """Few enough queries at a time to compare all their positives with one another."""
+    num_queries, num_positives = is_positive.shape
+    size = max(1, _COMPARISONS // max(num_positives, 1) ** 2)
+    yield from (slice(start, start + size) for start in range(0, num_queries, size))
+
+
+def _comparisons_of_positives(ranks: Ranks, part: slice) -> Float[Tensor, "queries positives positives"]:
+    """σ((s(q, y) - s(q, x)) / τ) at [q, x, y]; 0 for y = x, and where either is no positive."""
+    thresholds, is_positive = ranks.thresholds[part], ranks.is_positive[part]
+    comparisons = (thresholds[:, None, :] - thresholds[:, :, None]).div_(ranks.temperature).sigmoid_()
+    comparisons *= is_positive[:, :, None] & is_positive[:, None, :]
+    comparisons.diagonal(dim1=1, dim2=2).zero_()
+    return comparisons
+
+
+def _add_gradient_among_positives(samples: Similarities, queries: Queries, ranks: Ranks, slopes: Tensor) -> None:
+    """The same for slopes of the loss by the ranks among positives: only thresholds are compared."""
+    by_thresholds = torch.zeros_like(slopes)
+    for part in _row_parts(ranks.is_positive):
+        steepness = _comparisons_of_positives(ranks, part)
+        steepness.addcmul_(steepness, steepness, value=-1)
+        pull = steepness.mul_(slopes[part, :, None])
+        by_thresholds[part] = pull.sum(1) - pull.sum(2)
+    _add_gradient_by_thresholds(samples, queries, by_thresholds.div_(ranks.temperature))

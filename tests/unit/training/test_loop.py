@@ -1,21 +1,47 @@
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
+import yaml
+from pydantic import TypeAdapter
+from torch import Tensor
 
 from data_pipelines.shard_set import ShardSet
 from lookalike.encoder import create_encoder, load_encoder, save_encoder
 from lookalike.encoder_settings import EncoderSettings
-from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, SettingsError
+from lookalike.errors import ArtifactError, DataError, NonFiniteLoss, ResourceError, SettingsError
 from lookalike.events import read_events
 from lookalike.settings import validate_settings
 from lookalike.world import World
+from tests.gloo_ranks import run_on_ranks
 from training import loop
+from training.__main__ import main
 from training.checkpoint import load_newest_checkpoint, save_checkpoint
-from training.loop import begin_or_resume, plan_batches, run_identity, take_step, train
+from training.loop import take_step, train
+from training.loss_registry import create_loss
+from training.loss_settings import LossSettings
+from training.losses.batch_loss import BatchLoss, LossShare
+from training.losses.mixing import draw_mixing, mixing_pairs
+from training.losses.recall_at_k import recall_at_k_with_gradient, surrogate_floor
+from training.losses.smooth_average_precision import smooth_average_precision_with_gradient
+from training.memory_budget import ChunkPlan
+from training.reporting.run_record import read_record
+from training.run_folder import run_identity
+from training.run_length import plan_batches, with_num_steps
 from training.settings import TrainSettings
+from training.training_state import begin_or_resume
+from training.validation import Validator
+from training.verify_gradients import GradientCheck
+from training.verify_run import verify_run, with_small_batch
+
+CLASSES = torch.arange(6)
 
 
 def settings_for(shards: Path | str, run: Path, **changes: object) -> TrainSettings:
@@ -61,11 +87,10 @@ def test_a_folder_with_another_artifact_is_no_run_folder(shards_folder: Path, tm
 
 def test_an_unfinished_run_with_other_settings_is_refused(shards_folder: Path, tmp_path: Path) -> None:
     settings = settings_for(shards_folder, tmp_path / "run")
-    with ShardSet.open(shards_folder) as shard_set:
-        state = begin_or_resume(settings, "an identity")
-        save_checkpoint(settings.run, state.encoder, state.state_dict(), step=1, identity="an identity", num_kept=2)
-        with pytest.raises(ArtifactError, match="other settings or data"):
-            begin_or_resume(settings, run_identity(settings, shard_set))
+    state = begin_or_resume(settings, None, classes=CLASSES)
+    save_checkpoint(settings.run, state.encoder, state.state_dict(), step=1, identity="an identity", num_kept=2)
+    with pytest.raises(ArtifactError, match="other settings or data"):
+        train(settings)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: Path) -> None:
@@ -112,13 +137,16 @@ def test_a_checkpoint_of_a_newer_program_is_not_taken_for_damage(tmp_path: Path)
         load_newest_checkpoint(tmp_path, identity="x")
 
 
-def test_a_loss_that_is_not_finite_stops_before_weights_move(
-    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class LossWithoutValue(BatchLoss):
+    def forward(self, embeddings: Tensor, labels: Tensor, *, share: tuple[int, int], step: int) -> LossShare:
+        return LossShare(embeddings.sum() * torch.nan, embeddings * torch.nan)
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_move(shards_folder: Path, tmp_path: Path) -> None:
     settings = settings_for(shards_folder, tmp_path / "run")
-    state = begin_or_resume(settings, "x")
+    state = begin_or_resume(settings, None, classes=CLASSES)
     before = {name: value.clone() for name, value in state.encoder.state_dict().items()}
-    monkeypatch.setattr(loop, "recall_at_k_surrogate", lambda rows, *_, **__: rows.sum() * torch.nan)
+    state.loss = LossWithoutValue()
     pixels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(NonFiniteLoss, match="step 5: loss nan"):
         take_step(state, pixels, torch.arange(8) // 2, settings, step=5, world=World())
@@ -152,7 +180,8 @@ def test_shards_at_an_address_train_the_encoder_of_the_folder(shards_folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"seed": -1}, "seed"), ({"loss": {"ks": []}}, "loss.ks"), ({"num_steps": 0}, "num_steps")]
+    ("changes", "named"),
+    [({"seed": -1}, "seed"), ({"loss": {"ks": []}}, r"loss\.recall_at_k\.ks"), ({"num_steps": 0}, "num_steps")],
 )
 def test_impossible_settings_are_refused_at_once(tmp_path: Path, changes: dict[str, object], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
@@ -161,10 +190,414 @@ def test_impossible_settings_are_refused_at_once(tmp_path: Path, changes: dict[s
 
 def test_freezing_everything_is_refused(tmp_path: Path) -> None:
     encoder = {"backbone": "resnet10t", "input": {"size": 32}}
+    settings = settings_for(tmp_path, tmp_path, encoder=encoder, frozen=["backbone."])
     with pytest.raises(SettingsError, match="no parameter is left"):
-        begin_or_resume(settings_for(tmp_path, tmp_path, encoder=encoder, frozen=["backbone."]), "x")
+        begin_or_resume(settings, None, classes=CLASSES)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(shards_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="warmup_steps must stay below"):
         settings_for(shards_folder, tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 3})
+
+
+def test_every_step_says_whether_it_taught_anything(shards_folder: Path, tmp_path: Path) -> None:
+    train(settings_for(shards_folder, tmp_path / "run", tensorboard=True))
+    (*_, last) = read_events(tmp_path / "run" / "events-rank0.jsonl", "step")
+    shares = [name for name in last if name.startswith(("hit_rate_at_", "recall_at_", "live_", "window_", "ranked_"))]
+    assert len(shares) >= 9
+    assert all(0 <= last[name] <= 1 for name in shares)
+    assert sum(last[name] for name in shares if name.startswith("ranked_")) == pytest.approx(1)
+    assert 0 <= last["embedding_spread"] <= 1
+    assert (last["rank_temperature"], last["k_temperature"], last["largest_k"]) == (0.01, 1.0, 16)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_run_of_epochs_is_the_run_of_its_steps(shards_folder: Path, tmp_path: Path) -> None:
+    batch = {"classes_per_batch": 3, "images_per_class": 2}
+    with ShardSet.open(shards_folder) as shard_set:
+        by_steps = settings_for(shards_folder, tmp_path, num_steps=4, batch=batch)
+        by_epochs = settings_for(shards_folder, tmp_path, num_steps=0, num_epochs=2, batch=batch)
+        plan = plan_batches(by_epochs, shard_set, World())
+        resolved = with_num_steps(by_epochs, num_steps_per_epoch=plan.num_steps_per_epoch)
+        assert resolved == by_steps
+        assert run_identity(resolved, shard_set) == run_identity(by_steps, shard_set)
+    slow = settings_for(tmp_path, tmp_path, num_steps=4, optimizer={"lr": 1e-3, "warmup_epochs": 2})
+    with pytest.raises(SettingsError, match="must stay below num_steps"):
+        with_num_steps(slow, num_steps_per_epoch=2)
+
+
+def gradients_of_first_step(settings: TrainSettings) -> list[Tensor]:
+    state = begin_or_resume(settings, None, classes=CLASSES)
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    take_step(state, pixels, torch.arange(8) // 2, settings, step=0, world=World())
+    return [parameter.grad for parameter in state.encoder.parameters() if parameter.grad is not None]
+
+
+def test_recomputed_activations_change_no_gradient_and_bfloat16_changes_it_little(tmp_path: Path) -> None:
+    loss = {"rank_temperature": 0.1, "k_temperature": 4.0}
+    plain = gradients_of_first_step(settings_for(tmp_path, tmp_path / "a", loss=loss))
+    cases: list[tuple[dict[str, object], float]] = [
+        ({"recomputes_activations": True}, 1e-6),
+        ({"precision": "bfloat16"}, 0.3),
+    ]
+    for compute, tolerance in cases:
+        changed = gradients_of_first_step(settings_for(tmp_path, tmp_path / "a", loss=loss, compute=compute))
+        difference = torch.cat([(one - other).flatten() for one, other in zip(changed, plain, strict=True)]).norm()
+        assert all(gradient.dtype == torch.float32 for gradient in changed)
+        assert float(difference) <= tolerance * float(torch.cat([gradient.flatten() for gradient in plain]).norm())
+        assert (float(difference) > 0) == ("precision" in compute)
+
+
+def test_a_backbone_that_cannot_recompute_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(
+        tmp_path,
+        tmp_path / "run",
+        encoder={"backbone": "resnet10t", "input": {"size": 32}},
+        compute={"recomputes_activations": True},
+    )
+
+    def refuse(model: object, enable: bool = True) -> None:
+        raise AssertionError("gradient checkpointing not supported")
+
+    monkeypatch.setattr("timm.models.resnet.ResNet.set_grad_checkpointing", refuse)
+    with pytest.raises(SettingsError, match=r"compute\.recomputes_activations: backbone resnet10t"):
+        begin_or_resume(settings, None, classes=CLASSES)
+
+
+def test_trained_batch_norms_move_their_statistics_and_need_the_chunks_of_one_process(
+    shards_folder: Path, tmp_path: Path
+) -> None:
+    batch = {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": 8}
+    settings = settings_for(shards_folder, tmp_path / "run", batch_norm="trained", batch=batch)
+    folder = train(settings)
+    start = begin_or_resume(settings_for(shards_folder, tmp_path / "new"), None, classes=CLASSES).encoder
+    trained = load_encoder(folder).state_dict()
+    statistics = {name: value for name, value in start.named_buffers() if "running" in name}
+    assert statistics
+    assert not any(torch.equal(value, trained[name]) for name, value in statistics.items())
+    with ShardSet.open(shards_folder) as shard_set, pytest.raises(SettingsError, match="2 processes must have"):
+        plan_batches(settings, shard_set, World(0, 2))
+
+
+CONTROLLER = {"schedule": "live_fraction", "lowest": 0.5, "highest": 4.0}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "recall_at_k", "k_temperature": CONTROLLER, "rank_temperature": CONTROLLER},
+        {"name": "contrastive", "memory_size": 12},
+        {"name": "margin", "learns_boundary": True},
+        {"name": "proxy_nca"},
+    ],
+    ids=lambda loss: str(loss["name"]),
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits_with_all_its_state(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, object]
+) -> None:
+    """State of controllers, memory, learned parts of a loss, momentum, average and statistics of batch norms."""
+    changes = {
+        "num_steps": 4,
+        "loss": loss,
+        "batch_norm": "trained",
+        "batch": {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": 4},
+        "optimizer": {"name": "sgd", "lr": 1e-2},
+        "average_decay": 0.9,
+        "steps_per_checkpoint": 2,
+    }
+    undisturbed = train(settings_for(shards_folder, tmp_path / "undisturbed", **changes))
+    interrupted = settings_for(shards_folder, tmp_path / "interrupted", **changes)
+
+    def stop_at_step_3(*arguments: Any, step: int, **options: Any) -> dict[str, float]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return take_step(*arguments, step=step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_at_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            train(interrupted)
+    folder = train(interrupted)
+    assert (folder / "encoder.safetensors").read_bytes() == (undisturbed / "encoder.safetensors").read_bytes()
+    steps = {run: read_events(tmp_path / run / "events-rank0.jsonl", "step") for run in ("undisturbed", "interrupted")}
+    assert [event["step"] for event in steps["interrupted"]] == [0, 1, 2, 2, 3]
+    for name in ("loss", "gradient_norm", "k_temperature"):
+        assert steps["interrupted"][-1].get(name) == steps["undisturbed"][-1].get(name)
+
+
+# Two of the six classes are held out, by their names.
+VALIDATION = {"class_share": 0.35, "steps_between": 1}
+
+
+def stop_at(step_to_stop: int, stop: Callable[[], None]) -> Callable[..., dict[str, float]]:
+    """`take_step` that calls `stop` in the given step, after its work is done."""
+
+    def take_step_and_stop(*arguments: Any, step: int, **options: Any) -> dict[str, float]:
+        measured = take_step(*arguments, step=step, **options)
+        if step == step_to_stop:
+            stop()
+        return measured
+
+    return take_step_and_stop
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def last_weights(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"step_{step:06d}" / "encoder" / "encoder.safetensors").read_bytes()
+
+
+def test_looking_at_held_out_classes_changes_no_bit_of_the_weights(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = {"backbone": "resnet10t", "projection_dim": 8, "drop_rate": 0.3, "input": {"size": 32}}
+    train(settings_for(shards_folder, tmp_path / "on", validation=VALIDATION, encoder=encoder))
+    monkeypatch.setattr("training.loop.create_validator", lambda *arguments: None)
+    train(settings_for(shards_folder, tmp_path / "off", validation=VALIDATION, encoder=encoder))
+    assert last_weights(tmp_path / "on", 3) == last_weights(tmp_path / "off", 3)
+    assert len(read_events(tmp_path / "on" / "events-rank0.jsonl", "validation")) == 3
+    assert read_events(tmp_path / "off" / "events-rank0.jsonl", "validation") == []
+
+
+def test_the_best_checkpoint_becomes_the_encoder_and_patience_ends_the_run(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.5, 0.8, 0.8, 0.7, 0.9])
+    monkeypatch.setattr(Validator, "validate", lambda self, encoder: {"value": next(values)})
+    run = tmp_path / "run"
+    validation = {**VALIDATION, "patience": 2}
+    settings = settings_for(shards_folder, run, num_steps=5, validation=validation, num_kept_checkpoints=1)
+    folder = train(settings)
+    assert [event["step"] for event in read_events(run / "events-rank0.jsonl", "step")] == [0, 1, 2, 3]
+    assert (folder / "encoder.safetensors").read_bytes() == last_weights(run, 2) != last_weights(run, 4)
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == 2
+    # Killed before the encoder was written, the run knows that it is over.
+    shutil.rmtree(folder)
+    assert (train(settings) / "encoder.safetensors").read_bytes() == last_weights(run, 2)
+    assert len(read_events(run / "events-rank0.jsonl", "step")) == 4
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_an_interrupted_run_chooses_the_checkpoint_of_an_undisturbed_one(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    changes = {"num_steps": 5, "validation": VALIDATION, "steps_per_checkpoint": 2}
+    train(settings_for(shards_folder, tmp_path / "undisturbed", **changes))
+    changes["writes_checkpoints_in_background"] = in_background
+    interrupted = settings_for(shards_folder, tmp_path / "interrupted", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_at(3, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(interrupted)
+    train(interrupted)
+    undisturbed = tmp_path / "undisturbed"
+    assert last_weights(interrupted.run, 5) == last_weights(undisturbed, 5)
+    for name in ("checkpoints/best.json", "encoder/encoder.safetensors"):
+        assert (interrupted.run / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert len(read_record(interrupted.run)["starts"]) == 2
+
+
+def test_sigterm_finishes_the_step_saves_it_and_leaves(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(settings_for(shards_folder, tmp_path / "undisturbed", num_steps=4))
+    settings = settings_for(shards_folder, tmp_path / "stopped", num_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_at(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit) as stopped:
+            train(settings)
+    assert stopped.value.code == 143
+    folder = train(settings)
+    assert (folder / "encoder.safetensors").read_bytes() == (undisturbed / "encoder.safetensors").read_bytes()
+    steps = [event["step"] for event in read_events(settings.run / "events-rank0.jsonl", "step")]
+    assert steps == [0, 1, 2, 3], "no step was done twice"
+
+
+def test_chosen_chunks_stay_those_of_the_run_and_kept_ones_change_nothing(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = {"backbone": "resnet10t", "projection_dim": 8, "drop_rate": 0.3, "input": {"size": 32}}
+    batch = {"classes_per_batch": 4, "images_per_class": 2}
+    changes = {"num_steps": 4, "encoder": encoder, "steps_per_checkpoint": 2}
+    fixed = train(settings_for(shards_folder, tmp_path / "fixed", **changes, batch={**batch, "chunk_size": 3}))
+    auto = {**batch, "chunk_size": "auto", "num_kept_chunks": "auto", "memory_budget": 10**9}
+    asked: list[tuple[int, int | None]] = []
+
+    def choose(*arguments: object, budget_bytes: int, chunk_size: int | None, **options: object) -> ChunkPlan:
+        """First 3 pictures, one kept; today's machine would choose 5, and keeps two."""
+        asked.append((budget_bytes, chunk_size))
+        size, kept = (3, 1) if len(asked) == 1 else (chunk_size or 5, 2)
+        return ChunkPlan(size, kept, 3, 1, 1, budget_bytes, 1.0)
+
+    monkeypatch.setattr("training.passes.choose_chunks", choose)
+    settings = settings_for(shards_folder, tmp_path / "auto", **changes, batch=auto)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_at(2, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    folder = train(settings)
+    assert asked == [(10**9, None), (10**9, 3)]
+    assert (folder / "encoder.safetensors").read_bytes() == (fixed / "encoder.safetensors").read_bytes()
+    written = yaml.safe_load((settings.run / "settings.yaml").read_text())["batch"]
+    assert (written["chunk_size"], written["num_kept_chunks"]) == (3, 2)
+
+
+def test_chunks_are_measured_where_the_settings_leave_them_to_the_machine(shards_folder: Path, tmp_path: Path) -> None:
+    batch = {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": 4, "num_kept_chunks": "auto"}
+    settings = settings_for(shards_folder, tmp_path, batch=batch)
+    state = begin_or_resume(settings, None, classes=CLASSES)
+    assert (state.passes.chunk_size, state.passes.num_kept_chunks) == (4, 2), "two chunks of a few MB fit anywhere"
+    tight = settings_for(shards_folder, tmp_path, batch={**batch, "memory_budget": 1000})
+    with pytest.raises(ResourceError, match=r"Raise batch\.memory_budget"):
+        begin_or_resume(tight, None, classes=CLASSES)
+
+
+def train_on_rank(world: World, shards: Path, run: Path, backend: dict[str, object]) -> None:
+    """Interrupted after step 1, and gone on with."""
+    settings = settings_for(
+        shards, run, backend=backend, optimizer={"lr": 1e-4, "max_gradient_norm": 0.1}, steps_per_checkpoint=1
+    )
+    original = loop.take_step
+    loop.take_step = stop_at(2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, world=world)
+    loop.take_step = original
+    train(settings, world=world)
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2"])
+def test_two_processes_of_every_back_end_train_the_encoder_of_one(
+    shards_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """Another back end may also go on with the run: it is the same one."""
+    train_on_rank(World(), shards_folder, tmp_path / "one", {"name": "single"})
+    run_on_ranks(train_on_rank, 2, shards_folder, tmp_path / "two", {"name": name})
+    one = load_encoder(tmp_path / "one" / "encoder").state_dict()
+    two = load_encoder(tmp_path / "two" / "encoder").state_dict()
+    for key, value in one.items():
+        # Three steps of 1e-4; Adam turns rounding of vanishing gradients into a step for a few weights.
+        assert float((two[key].double() - value.double()).abs().mean()) < 1e-6, key
+    with ShardSet.open(shards_folder) as shard_set:
+        identities = {
+            run_identity(settings_for(shards_folder, tmp_path, backend={"name": backend}), shard_set)
+            for backend in ("single", name)
+        }
+    assert len(identities) == 1
+
+
+def test_a_back_end_that_cannot_do_what_is_asked_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    settings = settings_for("nowhere", tmp_path, backend={"name": "fsdp2"}, loss={"name": "proxy_nca"})
+    with pytest.raises(SettingsError, match="parameters of its own"):
+        train(settings, world=World(0, 2))
+    with pytest.raises(SettingsError, match="found 1"):
+        train(settings)
+
+
+class LossWithInfiniteGradient(BatchLoss):
+    def forward(self, embeddings: Tensor, labels: Tensor, *, share: tuple[int, int], step: int) -> LossShare:
+        return LossShare(embeddings.sum(), embeddings * torch.inf)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_weights_move(shards_folder: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards_folder, tmp_path / "run")
+    state = begin_or_resume(settings, None, classes=CLASSES)
+    before = {name: value.clone() for name, value in state.encoder.state_dict().items()}
+    state.loss = LossWithInfiniteGradient()
+    pixels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(NonFiniteLoss, match=r"step 5: loss .*, gradient norm nan"):
+        take_step(state, pixels, torch.arange(8) // 2, settings, step=5, world=World())
+    for name, value in state.encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("name", ["recall_at_k", "smooth_ap"])
+def test_mixing_some_pairs_is_the_loss_of_these_pairs(name: str) -> None:
+    tree = {"name": name, "mixes_similarities": True, "mixing": {"share": 0.5, "beta": [2.0, 2.0]}}
+    loss = create_loss(TypeAdapter(LossSettings).validate_python(tree), dim=8, classes=CLASSES, seed=3)
+    labels = torch.arange(24) // 4
+    embeddings = torch.nn.functional.normalize(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    mixing = draw_mixing(labels, seed=3, step=7, share=0.5, beta=(2.0, 2.0))
+    assert 0 < len(mixing.pairs) < len(mixing_pairs(labels))
+    function = recall_at_k_with_gradient if name == "recall_at_k" else smooth_average_precision_with_gradient
+    expected = function(embeddings, labels, rank_temperature=0.01, mixing=mixing)
+    found = loss(embeddings, labels, share=(0, 1), step=7)
+    assert torch.equal(found.loss, expected.loss)
+    assert expected.gradient is not None
+    assert torch.equal(found.gradient, expected.gradient)
+    floor = surrogate_floor(labels, mixing=mixing) if name == "recall_at_k" else 0.0
+    assert loss.floor(labels, step=7) == floor
+    assert floor <= float(found.loss)
+
+
+@pytest.mark.parametrize("loss", [{"mixes_similarities": True}, {"name": "proxy_nca"}, {"name": "contrastive"}])
+def test_the_gradients_of_a_run_are_verified_with_its_own_loss(
+    shards_folder: Path, tmp_path: Path, loss: dict[str, object]
+) -> None:
+    batch = {"classes_per_batch": 4, "images_per_class": 2, "chunk_size": "auto", "num_kept_chunks": "auto"}
+    settings = settings_for(shards_folder, tmp_path / "run", loss=loss, batch=batch)
+    checks = verify_run(settings, world=World())
+    assert [check.precision for check in checks] == ["float32", "float64"]
+    assert all(check.has_passed for check in checks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("classes", [24, 1200])
+def test_the_batch_of_the_check_is_small_and_divides(tmp_path: Path, classes: int, world_size: int) -> None:
+    batch = {"classes_per_batch": classes, "images_per_class": 4, "chunk_size": 50}
+    small = with_small_batch(settings_for(tmp_path, tmp_path, batch=batch), World(0, world_size)).batch
+    assert small.num_images % world_size == 0
+    num_pictures = small.num_images // world_size
+    assert min(32, classes * 4 // world_size) <= num_pictures <= 64
+    assert isinstance(small.chunk_size, int)
+    assert num_pictures % small.chunk_size == 0
+    assert small.chunk_size <= 50
+
+
+def test_gradients_that_differ_give_exit_code_1(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(json.dumps(settings_for(shards_folder, tmp_path / "run", num_threads=1).model_dump(mode="json")))
+    for difference, code in ((1.0, 1), (0.0, 0)):
+        check = GradientCheck("ddp", 2, "float32", {"backbone.conv1": difference})
+        monkeypatch.setattr("training.verify_run.verify_gradients", lambda *args, check=check, **options: [check])
+        with pytest.raises(SystemExit) as ended:
+            main([str(config), "--verify-gradients"])
+        assert ended.value.code == code
+        assert ("FAILED: backend ddp over 2 processes" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_report_reads_the_runs_that_training_wrote(
+    shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        train(settings_for(shards_folder, tmp_path / str(seed), seed=seed, validation=VALIDATION), command="a command")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "report"), "--json"])
+    assert ended.value.code == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert [(run["seed"], run["steps"], run["is_finished"]) for run in tree["runs"]] == [(0, 3, True), (1, 3, True)]
+    [recipe] = tree["recipes"]
+    assert recipe["num_seeds"] == 2, "they differ by their seed alone"
+    assert recipe["means"]["best_validation"]["mean"] > 0
+    assert (tmp_path / "report" / "report.html").exists()
+    records = [read_record(tmp_path / str(seed)) for seed in (0, 1)]
+    assert records[0]["recipe"] == records[1]["recipe"]
+    assert records[0]["identity"] != records[1]["identity"]
+    assert records[0]["starts"][0]["command"] == "a command"
+
+
+@pytest.mark.slow
+# torch's compiler defines a script method when it is loaded.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
+def test_a_compiled_backbone_gives_the_gradient_of_a_plain_one(tmp_path: Path) -> None:
+    loss = {"rank_temperature": 0.1, "k_temperature": 4.0}
+    plain = gradients_of_first_step(settings_for(tmp_path, tmp_path / "a", loss=loss))
+    compiled = gradients_of_first_step(
+        settings_for(tmp_path, tmp_path / "a", loss=loss, compute={"compiles_backbone": True})
+    )
+    for one, other in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

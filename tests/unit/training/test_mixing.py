@@ -2,11 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from training.losses import mixing_coefficients, mixing_pairs
-from training.losses.mixing import mix
+from training.losses.mixing import draw_mixing, mix
+from training.losses.recall_at_k import surrogate_floor
 
 LABELS = torch.tensor([7, 2, 7, 5, 2, 9, 7, 2, 5, 3, 7, 7])
 
@@ -77,6 +79,7 @@ def test_coefficients_stay_what_they_are():
     assert mixing_coefficients(labels, seed=1, step=2).tolist() == PINNED
 
 
+PINNED_BETA = [0.06833217293024063, 0.41538122296333313, 0.9373890161514282, 0.05783708021044731]
 PINNED = [0.20467668771743774, 0.45373302698135376, 0.8025622963905334, 0.19110840559005737]
 
 
@@ -98,3 +101,79 @@ def test_mixed_similarities_are_those_of_mixed_embeddings():
     forth = (mixture.expansion().times(embeddings) * samples).sum()
     back = (embeddings * mixture.reduction(num_images=12).times(samples)).sum()
     torch.testing.assert_close(forth, back)
+
+
+def test_drawing_all_pairs_uniformly_draws_the_numbers_of_mixing_coefficients():
+    drawn = draw_mixing(LABELS, seed=3, step=4)
+    assert torch.equal(drawn.pairs, mixing_pairs(LABELS))
+    assert torch.equal(drawn.coefficients, mixing_coefficients(LABELS, seed=3, step=4))
+
+
+def test_a_share_keeps_some_pairs_and_their_coefficients():
+    labels = torch.arange(4000) // 4
+    every = draw_mixing(labels, seed=3, step=4, beta=(0.5, 2.0))
+    some = draw_mixing(labels, seed=3, step=4, beta=(0.5, 2.0), share=0.25)
+    coefficient_of = {tuple(pair): a for pair, a in zip(every.pairs.tolist(), every.coefficients.tolist(), strict=True)}
+    for pair, coefficient in zip(some.pairs.tolist(), some.coefficients.tolist(), strict=True):
+        assert coefficient_of[tuple(pair)] == coefficient
+    # 6000 pairs at 1/4 each: 1500, give or take 5 standard deviations of 33.5.
+    assert abs(len(some.pairs) - 1500) < 168
+    # Which pairs are used says nothing about their coefficients: means of 0.2, give or take 5 of 0.214 / sqrt(1500).
+    assert abs(float(some.coefficients.mean()) - 0.2) < 5 * 0.214 / 1500**0.5
+    assert len(draw_mixing(labels, seed=3, step=4, share=0.0).pairs) == 0
+
+
+def test_which_pairs_are_used_follows_class_and_slots_wherever_rows_lie():
+    labels = torch.arange(64) // 4
+    for rows in (torch.arange(63, -1, -1), torch.arange(64).roll(5)):
+        chosen = []
+        for order in (torch.arange(64), rows):
+            placed = labels[order]
+            slots = [int((placed[:row] == label).sum()) for row, label in enumerate(placed)]
+            drawn = draw_mixing(placed, seed=3, step=4, share=0.5)
+            chosen.append({(int(placed[i]), slots[i], slots[j]) for i, j in drawn.pairs.tolist()})
+        assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("beta", [(0.2, 0.2), (0.5, 0.5), (1.0, 1.0), (2.0, 5.0), (0.1, 3.0), (200.0, 100.0)])
+def test_coefficients_follow_the_beta_distribution(beta):
+    draws = draw_mixing(torch.arange(40_000) // 4, seed=0, step=0, beta=beta).coefficients.double()
+    assert ((draws >= 0) & (draws <= 1)).all()
+    generator = np.random.Generator(np.random.PCG64(0))
+    expected = torch.from_numpy(generator.beta(*beta, size=len(draws)).astype(np.float32)).double()
+    both = torch.cat([draws, expected])
+    ecdf = [torch.searchsorted(part.sort().values, both, right=True) / len(part) for part in (draws, expected)]
+    # Two samples' Kolmogorov-Smirnov distance: 1.63 sqrt(2 / n) is exceeded once in 100 such draws.
+    assert (ecdf[0] - ecdf[1]).abs().max() < 1.63 * (2 / len(draws)) ** 0.5
+
+
+def test_beta_coefficients_stay_what_they_are():
+    """Pinned, as the uniform ones. To 1e-6: logarithms may differ in the last bit between machines."""
+    labels = torch.tensor([0, 0, 0, -5, -5])
+    assert draw_mixing(labels, seed=1, step=2, beta=(0.4, 0.4)).coefficients.tolist() == pytest.approx(
+        PINNED_BETA, abs=1e-6
+    )
+
+
+def test_floor_of_a_batch_with_some_pairs_mixed_counts_those():
+    labels = torch.arange(32) // 4
+    every, none = draw_mixing(labels, seed=0, step=0), draw_mixing(labels, seed=0, step=0, share=0.0)
+    assert surrogate_floor(labels, mixing=every) == surrogate_floor(labels, is_mixed=True)
+    assert surrogate_floor(labels, mixing=none) == surrogate_floor(labels)
+    some = draw_mixing(labels, seed=0, step=0, share=0.5)
+    joined = torch.cat([labels, labels[some.pairs[:, 0]]])
+    assert surrogate_floor(labels, mixing=some) == pytest.approx(surrogate_floor(joined), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.5}, "share"),
+        ({"share": float("nan")}, "share"),
+        ({"beta": (0.0, 1.0)}, "beta"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_mixing_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        draw_mixing(LABELS, **({"seed": 0, "step": 0} | options))

@@ -4,9 +4,9 @@ import torch
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from training.optimizer import create_optimizer, freeze_parameters, schedule_factor, set_learning_rate
-from training.settings import OptimizerSettings
+from training.optimizer_settings import AdamWSettings, SGDSettings
 
-SETTINGS = OptimizerSettings(lr=0.1, weight_decay=0.5, projection_lr_multiplier=10, warmup_steps=4)
+SETTINGS = AdamWSettings(lr=0.1, weight_decay=0.5, projection_lr_multiplier=10, warmup_steps=4)
 ENCODER = EncoderSettings(backbone="resnet10t", pooling="gem", projection_dim=8, input=InputSettings(size=32))
 
 
@@ -39,16 +39,64 @@ def test_frozen_parameters_are_not_trained_and_typos_are_refused() -> None:
 
 
 def test_the_rate_warms_up_peaks_and_ends_near_zero() -> None:
-    factors = [schedule_factor(step, SETTINGS, num_steps=20) for step in range(20)]
+    factors = [schedule_factor(step, SETTINGS, num_steps=20, num_steps_per_epoch=5) for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
     assert factors[4:] == sorted(factors[4:], reverse=True)
     assert 0 < factors[-1] < 0.01
     constant = SETTINGS.model_copy(update={"schedule": "constant"})
-    assert schedule_factor(19, constant, num_steps=20) == 1.0
+    assert schedule_factor(19, constant, num_steps=20, num_steps_per_epoch=5) == 1.0
 
 
 def test_freezing_nothing_is_allowed() -> None:
     module = torch.nn.Linear(2, 2)
     freeze_parameters(module, ())
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_pooling_and_what_a_loss_learns_have_their_own_rates() -> None:
+    encoder = create_encoder(ENCODER)
+    proxies = torch.nn.Parameter(torch.zeros(3, 8))
+    settings = SETTINGS.model_copy(update={"pooling_lr_multiplier": 5})
+    optimizer = create_optimizer(encoder, settings, loss_parameters=[proxies], loss_lr_multiplier=100.0)
+    set_learning_rate(optimizer, 1.0)
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    assert encoder.pool is not None
+    assert group_of[encoder.pool.power]["lr"] == pytest.approx(0.5)
+    assert group_of[proxies]["lr"] == pytest.approx(10.0)
+    assert group_of[proxies]["weight_decay"] == 0.0
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)  # the one that events report: of the backbone
+
+
+def test_decay_of_every_parameter_leaves_none_out() -> None:
+    optimizer = create_optimizer(create_encoder(ENCODER), SETTINGS.model_copy(update={"decays_every_parameter": True}))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_the_options_of_both_optimizers_arrive() -> None:
+    encoder = create_encoder(ENCODER)
+    sgd = create_optimizer(encoder, SGDSettings(lr=0.1, momentum=0.7, nesterov=True))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
+    adamw = create_optimizer(encoder, AdamWSettings(lr=0.1, betas=(0.8, 0.99), epsilon=1e-6, keeps_largest_square=True))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults["betas"], adamw.defaults["eps"], adamw.defaults["amsgrad"]) == ((0.8, 0.99), 1e-6, True)
+
+
+def test_a_schedule_by_epochs_moves_between_epochs_only() -> None:
+    settings = AdamWSettings(lr=1.0, unit="epoch", warmup_epochs=1)
+    factors = [schedule_factor(step, settings, num_steps=20, num_steps_per_epoch=4) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    epochs = [set(factors[start : start + 4]) for start in range(4, 20, 4)]
+    assert [len(epoch) for epoch in epochs] == [1, 1, 1, 1]
+    by_epoch = [epoch.pop() for epoch in epochs]
+    assert by_epoch[0] == 1.0
+    assert by_epoch == sorted(by_epoch, reverse=True)
+    assert 0 < by_epoch[-1] < 0.2
+
+
+@pytest.mark.parametrize(("unit", "decay_every"), [("step", 6), ("epoch", 2)])
+def test_drops_come_as_often_as_asked(unit: str, decay_every: int) -> None:
+    settings = AdamWSettings(lr=1.0, schedule="step", unit=unit, decay_every=decay_every)  # type: ignore[arg-type]
+    factors = [schedule_factor(step, settings, num_steps=18, num_steps_per_epoch=3) for step in range(18)]
+    assert factors == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)

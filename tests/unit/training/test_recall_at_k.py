@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.losses import (
     mixing_coefficients,
     mixing_pairs,
+    query_plan,
     recall_at_k_surrogate,
     recall_at_k_with_gradient,
     similarities,
-    smooth_ranks,
     surrogate_floor,
 )
 
@@ -93,10 +93,10 @@ def clustered_embeddings(labels, dim=16, *, noise=0.5, seed=0, dtype=torch.float
 def only_one_path(request, monkeypatch):
     """Every block through one of the two ways to its gradient, and blocks so small that a batch has several."""
     share = {"sparse": 1.0, "dense": -1.0}[request.param]
-    for module in (similarities, smooth_ranks):
+    for module in (similarities, query_plan):
         monkeypatch.setattr(module, "MAX_SPARSE_SHARE", share)
-    monkeypatch.setattr(smooth_ranks, "_BLOCK_ENTRIES_CPU", 64)
-    monkeypatch.setattr(smooth_ranks, "_MIN_BLOCK_QUERIES", 3)
+    monkeypatch.setattr(query_plan, "_BLOCK_ENTRIES_CPU", 64)
+    monkeypatch.setattr(query_plan, "_MIN_BLOCK_QUERIES", 3)
     monkeypatch.setattr(similarities, "_MAX_PENDING_PAIRS", 50)
 
 
@@ -317,14 +317,14 @@ def test_same_result_to_the_bit_when_repeated():
 
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_no_tensor_grows_with_the_square_of_the_batch(is_mixed, monkeypatch):
-    monkeypatch.setattr(smooth_ranks, "_BLOCK_ENTRIES_CPU", 1)
+    monkeypatch.setattr(query_plan, "_BLOCK_ENTRIES_CPU", 1)
     labels = torch.arange(256) // 4
     num_samples = 256 * 5 // 2 if is_mixed else 256
     mixing = mixing_coefficients(labels, seed=0, step=0) if is_mixed else None
     embeddings = random_embeddings(256, dtype=torch.float32)
     with _LargestTensor() as largest:
         recall_at_k_with_gradient(embeddings, labels, mixing=mixing)
-    assert largest.num_entries <= smooth_ranks._MIN_BLOCK_QUERIES * num_samples
+    assert largest.num_entries <= query_plan._MIN_BLOCK_QUERIES * num_samples
 
 
 class _LargestTensor(TorchDispatchMode):

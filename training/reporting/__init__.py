@@ -1,0 +1,1 @@
+"""What a run folder says of itself, and runs side by side."""
