@@ -57,11 +57,13 @@ OPTIMIZERS = {
 # In DeepSpeed's encoder the pooling's power is a vector of one, with which torch rounds later in bfloat16: one bit.
 BFLOAT16_BIT = 2**-8
 # Relative difference of each parameter after three steps. The gradients' last bits differ by the order of summation;
-# AdamW divides by their size, so that small gradients' bits weigh as much as large ones'.
+# AdamW divides by their size, so that small gradients' bits weigh as much as large ones'. Under bfloat16 each process
+# rounds its own part of a sum once more, and for a parameter of one element, the power of the pooling, nothing averages
+# that out: 8e-4 and 3.5e-3 were seen, up to one bit of bfloat16.
 BOUNDS = {
     ("sgd", "float32"): 1e-6,
     ("adamw", "float32"): 1e-5,
-    ("sgd", "bfloat16"): 2e-4,
+    ("sgd", "bfloat16"): BFLOAT16_BIT,
     ("adamw", "bfloat16"): 5e-3,
 }
 
@@ -297,8 +299,6 @@ def test_weights_after_three_steps_are_those_of_one_process(run: Run, reference:
         wanted = reference[optimizer, precision]
         differences = relative(steps.weights, wanted.weights)
         bound = BOUNDS[optimizer, precision]
-        if "zero" in run.name and precision == "bfloat16":
-            bound = max(bound, BFLOAT16_BIT)
         assert max(differences.values()) <= bound, (optimizer, precision, kept, differences)
         moved = relative(new_weights(), wanted.weights)
         assert max(moved.values()) > 20 * bound  # the steps are larger than what is forgiven

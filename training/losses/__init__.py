@@ -1,7 +1,7 @@
 """Losses on a batch of embeddings: pure functions that know no process group, no settings and no device policy."""
 
 from training.losses.batch_rank_loss import batch_rank_loss
-from training.losses.blackbox_average_precision import (
+from training.losses.blackbox_ap import (
     blackbox_average_precision,
     blackbox_average_precision_with_gradient,
 )
@@ -13,7 +13,7 @@ from training.losses.recall_at_k import (
     recall_at_k_with_gradient,
     surrogate_floor,
 )
-from training.losses.smooth_average_precision import (
+from training.losses.smooth_ap import (
     smooth_average_precision,
     smooth_average_precision_with_gradient,
 )

@@ -8,11 +8,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from training.losses.batch_loss import BatchLoss, LossShare
-from training.losses.blackbox_average_precision import blackbox_average_precision_with_gradient
+from training.losses.blackbox_ap import blackbox_average_precision_with_gradient
 from training.losses.mixing import PairMixing, draw_mixing
 from training.losses.rank_statistics import RankStatistics
 from training.losses.recall_at_k import Definition, recall_at_k_with_gradient, surrogate_floor
-from training.losses.smooth_average_precision import smooth_average_precision_with_gradient
+from training.losses.smooth_ap import smooth_average_precision_with_gradient
 from training.losses.smooth_ranks import RankLoss
 from training.schedules import KsSchedule, Schedule
 

@@ -5,17 +5,17 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.losses import blackbox_average_precision as blackbox
+from training.losses import blackbox_ap as blackbox
 from training.losses import mixing_coefficients, mixing_pairs, query_plan, smooth_ranks
 from training.losses.batch_rank_loss import batch_rank_loss
-from training.losses.blackbox_average_precision import (
+from training.losses.blackbox_ap import (
     blackbox_average_precision,
     blackbox_average_precision_with_gradient,
 )
 from training.losses.mixing import PairMixing
 from training.losses.rank_statistics import RankStatistics
 from training.losses.recall_at_k import recall_at_k_with_gradient
-from training.losses.smooth_average_precision import (
+from training.losses.smooth_ap import (
     smooth_average_precision,
     smooth_average_precision_with_gradient,
 )

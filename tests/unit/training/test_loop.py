@@ -30,7 +30,7 @@ from training.loss_settings import LossSettings
 from training.losses.batch_loss import BatchLoss, LossShare
 from training.losses.mixing import draw_mixing, mixing_pairs
 from training.losses.recall_at_k import recall_at_k_with_gradient, surrogate_floor
-from training.losses.smooth_average_precision import smooth_average_precision_with_gradient
+from training.losses.smooth_ap import smooth_average_precision_with_gradient
 from training.memory_budget import ChunkPlan
 from training.reporting.run_record import read_record
 from training.run_folder import run_identity
