@@ -9,13 +9,12 @@ computes similarities block by block, sorts each row whole, and looks the classe
 """
 
 import argparse
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+from peak_memory import PeakMemory
 
 from evaluation.classes.protocols import leave_one_out
 from lookalike.artifacts import versions
@@ -87,29 +86,6 @@ def add_metrics(values: dict[str, list[float]], places: ndarray) -> None:
     values["hit_rate@1000"].append(float(places[0] <= 1000))
     values["map"].append(float(precisions.mean()))
     values["map@r"].append(float(precisions[places <= len(places)].sum() / len(places)))
-
-
-class PeakMemory:
-    """Samples this process's anonymous memory every 5 ms; `mib` is how far its peak lay above the start."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._start, self.mib, self._is_done = self._anonymous_mib(), 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._is_done.wait(0.005):
-            self.mib = max(self.mib, self._anonymous_mib() - self._start)
-
-    @staticmethod
-    def _anonymous_mib() -> float:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Descriptors are synthetic (float16, on disk, memory-mapped); the ground truth ha
 
 import argparse
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy import ndarray
+from peak_memory import PeakMemory
 
 from lookalike.native_libraries import set_thread_policy
 
@@ -109,29 +109,6 @@ def timed(work: Callable[[], Answer]) -> tuple[Answer, float, float]:
 
 def unit(rows: ndarray) -> ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-class PeakMemory:
-    """Samples this process's anonymous memory every 5 ms; `mib` is how far its peak lay above the start."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._start, self.mib, self._is_done = self._anonymous_mib(), 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._is_done.wait(0.005):
-            self.mib = max(self.mib, self._anonymous_mib() - self._start)
-
-    @staticmethod
-    def _anonymous_mib() -> float:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from data_pipelines.sources import pixel_box
 from evaluation.benchmarks import BENCHMARKS, ClassProtocol, LandmarkBenchmark
 from evaluation.classes.mutual_information import normalized_mutual_information
 from evaluation.classes.protocols import leave_one_out, query_gallery, random_gallery
-from evaluation.galleries import FolderShelf, Pictures
+from evaluation.galleries import FolderShelf, Illustrations
 from evaluation.outputs import Outputs, Shown, conclude
 from evaluation.pictures_of_shards import landmark_pictures
 from evaluation.protocols import CLASS_PROTOCOLS, LANDMARK_PROTOCOL, require_official_size
@@ -100,7 +100,7 @@ def evaluate_landmark_files(
     require_official_size(truth, official, files.ground_truth)
     if files.rankings:
         result = _judge_rankings(benchmark, files, truth)
-        pictures: Callable[[], Pictures] = Pictures
+        pictures: Callable[[], Illustrations] = Illustrations
     else:
         assert files.queries is not None
         assert files.database is not None
@@ -138,7 +138,7 @@ def evaluate_landmark_files(
         sections: dict[str, Section] = {str(name): section for name, section in outcome.sections.items()}
         result = Result(benchmark, sections, record.as_json(), warnings, outcome.curve)
 
-        def failures() -> Pictures:
+        def failures() -> Illustrations:
             hits = nearest(queries, database, others, k=_NUM_NEAREST)
             return landmark_pictures(
                 sections,

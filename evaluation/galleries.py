@@ -28,7 +28,7 @@ Kind = Literal["query", "relevant", "junk", "unrelated"]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Illustrations:
     """What a report shows beside the numbers."""
 
     galleries: Sequence[Gallery] = ()

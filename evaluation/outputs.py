@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.compare import comparison_lines, open_result
-from evaluation.galleries import Pictures
+from evaluation.galleries import Illustrations
 from evaluation.metrics import RECALL_LEVELS
 from evaluation.reporting.folder import REPORT_NAME, require_replaceable, write_report
 from evaluation.reporting.values import Contender, PrecisionRecall
@@ -47,7 +47,7 @@ class Outputs:
 class Shown:
     """What a report shows beside the numbers, gathered only where one is asked for."""
 
-    pictures: Callable[[], Pictures] = Pictures
+    pictures: Callable[[], Illustrations] = Illustrations
     parents: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 

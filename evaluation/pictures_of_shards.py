@@ -11,8 +11,8 @@ from numpy import ndarray
 from data_pipelines.shard_set import ShardSet
 from evaluation.galleries import (
     NUM_SHOWN,
+    Illustrations,
     Kind,
-    Pictures,
     ShardShelf,
     Shelf,
     confusing_pictures,
@@ -32,7 +32,7 @@ _CLASSES_MAIN_METRIC = "map@r"
 
 @runtime_checkable
 class LabelledPictures(Protocol):
-    """Pictures with vectors and classes, by sample id."""
+    """Illustrations with vectors and classes, by sample id."""
 
     @property
     def ids(self) -> Int64[ndarray, "pictures"]: ...
@@ -57,7 +57,7 @@ def class_pictures(
     choose: Callable[[Float64[ndarray, "_"]], Int64[ndarray, "_"]] = worst_queries,
     nearest: Callable[[Int64[ndarray, "_"], int], SearchHits] | None = None,
     rivals: Mapping[str, LabelledPictures] = {},
-) -> Pictures:
+) -> Illustrations:
     """Queries of pictures with classes and the start of their rankings.
 
     Args:
@@ -72,7 +72,7 @@ def class_pictures(
     chosen = [place_of_name.get(section.query_names[i], -1) for i in choose(values)]
     places = np.array([place for place in chosen if place >= 0], np.int64)
     if not len(places):
-        return Pictures()
+        return Illustrations()
     vectors = np.ascontiguousarray(queries.vectors[places], np.float32)
     if nearest:
         hits = nearest(places, _DEPTH)
@@ -109,12 +109,12 @@ def class_pictures(
                 rivals={name: listed_hits(own_hits, query) for name, own_hits in hits_of_rivals.items()},
             )
         )
-    return Pictures(galleries, confusing_pictures(hits, kind_of, shelf))
+    return Illustrations(galleries, confusing_pictures(hits, kind_of, shelf))
 
 
 def landmark_pictures(
     sections: Mapping[str, Section], truth: GroundTruth, hits: SearchHits, *, gallery_shelf: Shelf, query_shelf: Shelf
-) -> Pictures:
+) -> Illustrations:
     """Failures of Oxford and Paris in the hard setup, and what stands in front for the most queries.
 
     Args:
@@ -145,4 +145,4 @@ def landmark_pictures(
                 relevant=labels.labelled()[labels.is_relevant(setup)],
             )
         )
-    return Pictures(galleries, confusing_pictures(hits, kind_of, gallery_shelf))
+    return Illustrations(galleries, confusing_pictures(hits, kind_of, gallery_shelf))

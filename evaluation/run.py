@@ -15,7 +15,7 @@ from evaluation.benchmarks import Benchmark, ClassBenchmark, ClassProtocol, Land
 from evaluation.classes.given_rankings import judge_rankings, recall_against_exact, without_query
 from evaluation.classes.pictures import have_company
 from evaluation.classes.protocols import leave_one_out, query_gallery, random_gallery
-from evaluation.galleries import Pictures, ShardShelf, Shelf, ShelfBehind
+from evaluation.galleries import Illustrations, ShardShelf, Shelf, ShelfBehind
 from evaluation.gldv2.retrieval import score_retrieval
 from evaluation.gldv2.solutions import read_retrieval_solution
 from evaluation.gldv2.submissions import MAX_IMAGES, write_retrieval_submission
@@ -84,7 +84,7 @@ class Judged:
     expected: Mapping[Role, int] = field(default_factory=dict)
     distractors: EmbeddingSet | None = None
     search: SearchParameters | None = None  # how an index was asked
-    pictures: Callable[[], Pictures] = Pictures
+    pictures: Callable[[], Illustrations] = Illustrations
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class _Judge:
                 name: replace(section, facts={**section.facts, **recall}) for name, section in outcome.sections.items()
             }
 
-        def pictures() -> Pictures:
+        def pictures() -> Illustrations:
             shown = judged_hits or nearest(queries, database, parts, k=_NUM_COMPARED)
             shelf: Shelf = ShardShelf(self.shard_set, rows)
             query_shelf = ShardShelf(self.shard_set, query_rows)
