@@ -32,7 +32,7 @@ _CLASSES_MAIN_METRIC = "map@r"
 
 @runtime_checkable
 class LabelledPictures(Protocol):
-    """Illustrations with vectors and classes, by sample id."""
+    """Pictures with vectors and classes, by sample id."""
 
     @property
     def ids(self) -> Int64[ndarray, "pictures"]: ...
