@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from lookalike.products import product
 
 _GROUP_STREAM = 3  # beside the streams of ClassBalancedBatches
 _CHUNK = 1024
@@ -90,8 +91,21 @@ def nearest_classes(centroids: Float[ndarray, "classes dim"], k: int) -> Int64[n
     k = min(k, len(unit) - 1)
     nearest = np.empty((len(unit), k), dtype=np.int64)
     for start in range(0, len(unit), _CHUNK):
-        similarities = unit[start : start + _CHUNK] @ unit.T
+        similarities = product(unit[start : start + _CHUNK], unit.T)
         own = np.arange(len(similarities))
         similarities[own, start + own] = -np.inf
-        nearest[start : start + _CHUNK] = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+        nearest[start : start + _CHUNK] = _lowest(np.negative(similarities, out=similarities), k)
     return nearest
+
+
+def _lowest(values: Float[ndarray, "rows columns"], k: int) -> Int64[ndarray, "rows k"]:
+    """Columns of the k lowest of each row, in order; of equal ones the first columns, as a stable sort has them."""
+    if k == 0:
+        return np.empty((len(values), 0), dtype=np.int64)
+    found = np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)
+    reached = np.take_along_axis(values, found, axis=1)
+    # Of values equal to the k-th lowest, a partition takes any: rows that leave some out are done over.
+    is_tied = (values <= reached.max(axis=1, keepdims=True)).sum(axis=1) > k
+    lowest = np.take_along_axis(found, np.argsort(reached, axis=1, kind="stable"), axis=1)
+    lowest[is_tied] = np.argsort(values[is_tied], axis=1, kind="stable")[:, :k]
+    return lowest

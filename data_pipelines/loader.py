@@ -1,10 +1,12 @@
 """Batches of pixels: class-balanced ones for training, every sample once for embedding."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +24,7 @@ from data_pipelines.shard_reader import read_shard
 from data_pipelines.shard_set import ShardSet
 from lookalike.counter_random import counter_hash
 from lookalike.errors import DataError, DecodeError, LookalikeError, ResourceError
-from lookalike.worker_processes import prepare_worker
+from lookalike.worker_processes import prepare_lasting_worker
 from lookalike.world import World
 
 _STEPS_AHEAD_PER_WORKER = 2
@@ -277,11 +279,21 @@ def _made_by_workers(
 
 def _prepare_loader_worker(worker: int) -> None:
     # torch's own watchdog looks at the parent's process id, which is the fork server's.
-    prepare_worker()
+    prepare_lasting_worker()
 
 
 def _worker_context() -> BaseContext:
-    """Forking a process that has run autograd can hang; a server that has only imported torch forks safely."""
+    """Forking a process that has run autograd can hang; a server that has only imported torch forks safely.
+
+    The server and what it forks start with SIGTERM blocked, so that one for the whole process group leaves them to the
+    step that it lets finish.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "data_pipelines.loader"])
+    resource_tracker.ensure_running()  # the server starts it otherwise, and it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

@@ -40,7 +40,7 @@ def train(
     """Train an encoder on shards.
 
     The run folder collects checkpoints, events and at the end the encoder; the same command resumes a run that was
-    interrupted. Several processes: torchrun --nproc-per-node N -m training CONFIG.
+    interrupted. Several processes: lookalike launch --nproc-per-node N lookalike train CONFIG.
     """
     settings = load_settings(TrainSettings, config, overrides or [])
     if dry_run:
@@ -54,10 +54,13 @@ def train(
 
         encoder = run_training(settings, world=world, command=_command())
     if world.is_first:
+        from training.reporting.comparison import write_table
         from training.reporting.curves import write_curves
 
-        curves = write_curves(settings.run)
-        print_result({"run": str(settings.run), "encoder": str(encoder), "curves": str(curves)}, as_json=as_json)
+        places = {"encoder": encoder, "curves": write_curves(settings.run), "table": write_table(settings.run)}
+        print_result(
+            {"run": str(settings.run), **{name: str(place) for name, place in places.items()}}, as_json=as_json
+        )
 
 
 @app.command()
@@ -102,10 +105,12 @@ def _print_plan(settings: TrainSettings, *, as_json: bool) -> None:
     from data_pipelines.shard_set import ShardSet
     from lookalike.world import World
     from training.dry_run import plan_of_run
+    from training.loop import create_validator
     from training.run_length import plan_batches, with_num_steps
 
     with ShardSet.open(settings.shards, cache=settings.shard_cache) as shard_set:
         num_steps_per_epoch = plan_batches(settings, shard_set, World.detect()).num_steps_per_epoch
+        create_validator(settings, shard_set, World.detect())  # refuses what validation could not look at
     settings = with_num_steps(settings, num_steps_per_epoch=num_steps_per_epoch)
     plan = plan_of_run(settings, num_steps_per_epoch=num_steps_per_epoch)
     tree = dump_settings(settings)

@@ -7,7 +7,7 @@ the best can be told from the folders alone. `best.json` repeats it for people a
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +159,15 @@ def save_checkpoint(
     )
 
 
-def load_newest_checkpoint(run: Path, *, identity: str) -> Checkpoint | None:
+def load_newest_checkpoint(
+    run: Path, *, identity: str, difference: Callable[[], str] = lambda: "other settings or data"
+) -> Checkpoint | None:
     """The newest whole checkpoint, or None where a run begins.
 
     A damaged checkpoint is passed over with a warning; older ones are tried.
+
+    Args:
+        difference: What a run with another identity has, for people.
 
     Raises:
         ArtifactError: the run folder belongs to other settings or data, or to a newer version of this program.
@@ -176,7 +181,7 @@ def load_newest_checkpoint(run: Path, *, identity: str) -> Checkpoint | None:
             continue
         if manifest.details["identity"] != identity:
             raise ArtifactError(
-                f"{run} holds a run with other settings or data. Choose another run folder, or remove this one."
+                f"{run} holds a run with {difference()}. Choose another run folder, or remove this one."
             )
         return Checkpoint(
             step=manifest.details["step"],

@@ -1,7 +1,9 @@
 """The training loop: it reads like the paper's algorithm, and each line of it is a call one can open."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from data_pipelines.class_balanced_batches import ClassBalancedBatches
-from data_pipelines.loader import training_batches
+from data_pipelines.loader import Batch, training_batches
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import TrainingTransform
 from lookalike.collectives import barrier
@@ -23,7 +25,13 @@ from training.gradient_health import measure_batch
 from training.large_batch import backward_large_batch, chunk_device, num_chunks
 from training.optimizer import schedule_factor, set_learning_rate
 from training.reporting.run_record import record_start
-from training.run_folder import describe_run, require_same_run, require_same_start, run_identity
+from training.run_folder import (
+    describe_run,
+    difference_to_run,
+    require_same_run,
+    require_same_start,
+    run_identity,
+)
 from training.run_length import plan_batches, rows_of_run, training_classes, with_num_steps
 from training.run_observers import RunObservers
 from training.settings import TrainSettings
@@ -56,11 +64,14 @@ def train(settings: TrainSettings, *, world: World = World(), command: str = "")
         identity = run_identity(settings, shard_set)
         encoder_folder = settings.run / "encoder"
         is_finished = encoder_folder.exists()
-        checkpoint = None if is_finished else load_newest_checkpoint(settings.run, identity=identity)
+        checkpoint = None
+        if not is_finished:
+            difference = partial(difference_to_run, settings.run, settings)
+            checkpoint = load_newest_checkpoint(settings.run, identity=identity, difference=difference)
         first_step = 0 if checkpoint is None else checkpoint.step
         require_same_start(settings.run, None if is_finished else first_step, world)
         if is_finished:
-            require_same_run(settings.run, identity)
+            require_same_run(settings.run, identity, settings)
             logger.info("%s is trained already", encoder_folder)
             return encoder_folder
         validator = create_validator(settings, shard_set, world)
@@ -98,15 +109,7 @@ def run_steps(
     """Runs the steps from `state.step` to `num_steps`, or until validation finds nothing better any more."""
     if state.selection.is_over:
         return
-    batches = training_batches(
-        shard_set,
-        plan,
-        TrainingTransform(settings.augmentation, settings.encoder.input.size),
-        world=world,
-        seed=settings.seed,
-        steps=range(state.step, settings.num_steps),
-        num_workers=settings.num_workers,
-    )
+    batches = batches_of_run(state, settings, shard_set, plan, world)
     with (
         RunObservers(settings, first_step=state.step, world=world) as observers,
         checkpoint_writer(settings, identity, world) as writer,
@@ -125,7 +128,7 @@ def run_steps(
 
             value = None
             if validator is not None and validator.is_due(state.step, num_steps=settings.num_steps):
-                value = validate(state, validator, observers)
+                value = validate(state, validator, observers, world=world)
             is_best = value is not None and state.selection.best_step == state.step
             is_last = state.step == settings.num_steps or state.selection.is_over
             is_stopping = stop.agreed(world, device=available_device())
@@ -137,6 +140,34 @@ def run_steps(
                 stop.leave()
             if is_last:
                 break
+
+
+def batches_of_run(
+    state: TrainingState, settings: TrainSettings, shard_set: ShardSet, plan: ClassBalancedBatches, world: World
+) -> Iterator[Batch]:
+    """This rank's batch of each step that is left.
+
+    Where embeddings decide which classes meet, plans are made while training goes on, which is collective.
+    """
+    hard_classes, num_steps = state.hard_classes, settings.num_steps
+    refreshes = range(0)
+    if hard_classes is not None:
+        refreshes = hard_classes.refresh_steps(num_steps=num_steps, num_steps_per_epoch=plan.num_steps_per_epoch)
+    starts = [state.step, *(step for step in refreshes if step > state.step)]
+    for start, stop in zip(starts, [*starts[1:], num_steps], strict=True):
+        if hard_classes is not None:
+            if start in refreshes:
+                hard_classes.refresh(device=available_device(), world=world)
+            plan = plan_batches(settings, shard_set, world, near_classes=hard_classes.near_classes)
+        yield from training_batches(
+            shard_set,
+            plan,
+            TrainingTransform(settings.augmentation, settings.encoder.input.size),
+            world=world,
+            seed=settings.seed,
+            steps=range(start, stop),
+            num_workers=settings.num_workers,
+        )
 
 
 def take_step(
@@ -184,6 +215,8 @@ def take_step(
     if state.average is not None and settings.average_decay is not None:
         update_average(state.average, encoder, decay=settings.average_decay, step=step)
     state.loss.observe(measured)
+    if state.hard_classes is not None:
+        state.hard_classes.observe(scored.embeddings, scored.labels)
     state.step = step + 1
     return {**measured, "gradient_norm": gradient_norm.item(), "lr": lr}
 
@@ -206,9 +239,9 @@ def create_validator(settings: TrainSettings, shard_set: ShardSet, world: World)
     return Validator(shard_set, rows, settings.validation, world=world, num_threads=max(1, settings.num_workers))
 
 
-def validate(state: TrainingState, validator: Validator, observers: RunObservers) -> float:
+def validate(state: TrainingState, validator: Validator, observers: RunObservers, *, world: World) -> float:
     """What checkpoints are chosen by, of the encoder that would be embedded with; collective."""
-    measured = validator.validate(state.result)
+    measured = validator.validate(state.result(world))
     selection = state.selection
     selection.observe(state.step, measured["value"])
     observers.validation(state.step, measured, best_step=selection.best_step, best_value=selection.best_value)

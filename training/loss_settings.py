@@ -59,11 +59,16 @@ def _schedule_kind(value: Any) -> str:
     return str(getattr(value, "schedule", "constant"))
 
 
+def _by_schedule(expected: str) -> Discriminator:
+    """Args: expected: For people, what may stand in the place."""
+    return Discriminator(_schedule_kind, custom_error_type="schedule", custom_error_message=f"expected {expected}")
+
+
 Scheduled = Annotated[
     Annotated[PositiveFloat, Tag("constant")]
     | Annotated[LinearChange, Tag("linear")]
     | Annotated[LiveFractionTarget, Tag("live_fraction")],
-    Discriminator(_schedule_kind),
+    _by_schedule("a number, or a mapping with schedule linear or live_fraction"),
 ]
 
 
@@ -86,7 +91,8 @@ class LinearChangeOfKs(Settings):
 
 
 ScheduledKs = Annotated[
-    Annotated[Ks, Tag("constant")] | Annotated[LinearChangeOfKs, Tag("linear")], Discriminator(_schedule_kind)
+    Annotated[Ks, Tag("constant")] | Annotated[LinearChangeOfKs, Tag("linear")],
+    _by_schedule("a list, or a mapping with schedule linear"),
 ]
 
 

@@ -1,13 +1,20 @@
 """Optimizers over parameter groups, and the learning rate of each step."""
 
 import math
+from bisect import bisect_right
 from typing import Any
 
 import torch
 from torch import nn
 
 from lookalike.encoder import Encoder
-from training.optimizer_settings import AdamWSettings, LearningRateSettings, SGDSettings
+from training.optimizer_settings import (
+    AdamSettings,
+    AdamWSettings,
+    LearningRateSettings,
+    OptimizerSettings,
+    SGDSettings,
+)
 
 
 def freeze_parameters(encoder: nn.Module, prefixes: tuple[str, ...]) -> None:
@@ -27,7 +34,7 @@ def freeze_parameters(encoder: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 def create_optimizer(
     encoder: Encoder,
-    settings: AdamWSettings | SGDSettings,
+    settings: OptimizerSettings,
     *,
     loss_parameters: list[nn.Parameter] | None = None,
     loss_lr_multiplier: float = 1.0,
@@ -69,20 +76,31 @@ def schedule_factor(step: int, settings: LearningRateSettings, *, num_steps: int
         return (step + 1) / num_warmup_steps
     match settings.unit:
         case "step":
-            done, total = step - num_warmup_steps, num_steps - num_warmup_steps
+            now, start, end = step, num_warmup_steps, num_steps
         case "epoch":
             # The epoch in which the warm-up ends is at the full rate.
-            first_epoch = num_warmup_steps // num_steps_per_epoch
-            done = step // num_steps_per_epoch - first_epoch
-            total = math.ceil(num_steps / num_steps_per_epoch) - first_epoch
+            now, start = step // num_steps_per_epoch, num_warmup_steps // num_steps_per_epoch
+            end = math.ceil(num_steps / num_steps_per_epoch)
     match settings.schedule:
         case "constant":
             return 1.0
         case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done / total))
+            return 0.5 * (1 + math.cos(math.pi * (now - start) / (end - start)))
         case "step":
-            assert settings.decay_every is not None  # the settings ensure it
-            return float(settings.decay_factor ** (done // settings.decay_every))
+            return float(settings.decay_factor ** _num_drops(settings, now, start=start))
+
+
+def _num_drops(settings: LearningRateSettings, now: int, *, start: int) -> int:
+    """Drops of schedule `step` so far.
+
+    Args:
+        now: Steps or epochs done.
+        start: Those of the warm-up among them.
+    """
+    if settings.milestones is not None:
+        return bisect_right(settings.milestones, now)
+    assert settings.decay_every is not None  # the settings ensure it
+    return (now - start) // settings.decay_every
 
 
 def warmup_length(settings: LearningRateSettings, *, num_steps_per_epoch: int) -> int:
@@ -102,10 +120,11 @@ def _lr_multipliers(settings: LearningRateSettings, *, loss: float) -> dict[str,
     return {"backbone": 1.0, "pool": pooling, "projection": projection, "loss": loss}
 
 
-def _create(groups: list[dict[str, Any]], settings: AdamWSettings | SGDSettings) -> torch.optim.Optimizer:
+def _create(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     match settings:
-        case AdamWSettings():
-            return torch.optim.AdamW(
+        case AdamWSettings() | AdamSettings():
+            kind = torch.optim.AdamW if isinstance(settings, AdamWSettings) else torch.optim.Adam
+            return kind(
                 groups,
                 lr=settings.lr,
                 betas=settings.betas,

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from lookalike.settings import Settings
 
@@ -29,9 +37,11 @@ class LearningRateSettings(Settings):
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """What follows the warm-up: a cosine to 0 at the end, drops by a factor, or nothing."""
     unit: Literal["step", "epoch"] = "step"
-    """Whether the schedule moves on after each step or after each epoch, and what `decay_every` counts."""
+    """Whether the schedule moves on after each step or after each epoch, and what its drops are counted in."""
     decay_every: PositiveInt | None = None
     """Steps or epochs, from the end of the warm-up, between two drops of schedule `step`."""
+    milestones: tuple[PositiveInt, ...] | None = None
+    """In place of `decay_every`: steps or epochs, from the start of the run, after which schedule `step` drops."""
     decay_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Times the learning rate at each drop of schedule `step`."""
     max_gradient_norm: PositiveFloat | None = None
@@ -41,23 +51,35 @@ class LearningRateSettings(Settings):
     def _every_setting_has_an_effect(self) -> "LearningRateSettings":
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("give warmup_steps or warmup_epochs, not both")
-        if self.schedule == "step" and self.decay_every is None:
-            raise ValueError("schedule step needs decay_every")
-        if self.schedule != "step" and (self.decay_every is not None or self.decay_factor != 0.1):
-            raise ValueError(f"decay_every and decay_factor have no effect with schedule {self.schedule}")
+        drops = (self.decay_every, self.milestones)
+        if self.schedule == "step" and drops.count(None) != 1:
+            raise ValueError("schedule step needs decay_every or milestones, one of them")
+        if self.schedule != "step" and (drops.count(None) != 2 or self.decay_factor != 0.1):
+            raise ValueError(f"decay_every, milestones and decay_factor have no effect with schedule {self.schedule}")
+        if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must ascend, found {list(self.milestones)}")
         return self
 
 
-class AdamWSettings(LearningRateSettings):
-    """Adam with decoupled weight decay."""
-
-    name: Literal["adamw"] = "adamw"
+class _AdamOptions(LearningRateSettings):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decays of the averages of the gradient and of its square."""
     epsilon: PositiveFloat = 1e-8
     """Keeps the division by the root of the square finite."""
     keeps_largest_square: bool = False
     """AMSGrad: divides by the largest average square so far."""
+
+
+class AdamWSettings(_AdamOptions):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+class AdamSettings(_AdamOptions):
+    """Adam whose weight decay is part of the gradient."""
+
+    name: Literal["adam"]
 
 
 class SGDSettings(LearningRateSettings):
@@ -74,3 +96,10 @@ class SGDSettings(LearningRateSettings):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov has no effect without momentum")
         return self
+
+
+OptimizerSettings = Annotated[
+    AdamWSettings | AdamSettings | SGDSettings,
+    Field(discriminator="name"),
+    BeforeValidator(lambda tree: {"name": "adamw", **tree} if isinstance(tree, dict) else tree),
+]

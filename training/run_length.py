@@ -1,6 +1,7 @@
 """Which batches a run consists of, and how many steps that is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from data_pipelines.hard_class_batches import HardClassBatches
 from data_pipelines.shard_set import ShardSet
-from lookalike.errors import SettingsError
+from lookalike.errors import DataError, SettingsError
 from lookalike.settings import validate_settings
 from lookalike.world import World
 from training.optimizer import warmup_length
@@ -27,7 +29,16 @@ class RunRows:
 
 
 def rows_of_run(settings: TrainSettings, shard_set: ShardSet) -> RunRows:
-    """Without validation all pictures of the split are trained on."""
+    """Without validation all pictures of the split are trained on.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if settings.split is not None and settings.split != "all" and shard_set.splits == ["all"]:
+        raise DataError(
+            f"{settings.shards} has no split {settings.split!r}: its pictures came without splits. Say split=null to "
+            "train on all of them."
+        )
     rows = shard_set.rows(settings.split)
     if settings.validation is None:
         return RunRows(rows, rows[:0])
@@ -37,8 +48,17 @@ def rows_of_run(settings: TrainSettings, shard_set: ShardSet) -> RunRows:
     )
 
 
-def plan_batches(settings: TrainSettings, shard_set: ShardSet, world: World) -> ClassBalancedBatches:
+def plan_batches(
+    settings: TrainSettings,
+    shard_set: ShardSet,
+    world: World,
+    *,
+    near_classes: Int64[ndarray, "all_classes near"] | None = None,
+) -> ClassBalancedBatches:
     """The batches of all steps.
+
+    Args:
+        near_classes: Of each label, other labels, nearest first: those meet. None lets any classes meet.
 
     Raises:
         SettingsError: the batch does not divide over the processes.
@@ -56,12 +76,23 @@ def plan_batches(settings: TrainSettings, shard_set: ShardSet, world: World) -> 
             f"batch_norm trained normalises each chunk by itself, so {world.size} processes must have the chunks of "
             f"one: batch.chunk_size ({batch.chunk_size}) must divide the {images_per_process} images of a process."
         )
-    return ClassBalancedBatches(
-        shard_set.labels,
-        rows_of_run(settings, shard_set).training,
-        classes_per_batch=batch.classes_per_batch,
-        images_per_class=batch.images_per_class,
-        seed=settings.seed,
+    rows = rows_of_run(settings, shard_set)
+    arguments: dict[str, Any] = {
+        "labels": shard_set.labels,
+        "rows": rows.training,
+        "classes_per_batch": batch.classes_per_batch,
+        "images_per_class": batch.images_per_class,
+        "seed": settings.seed,
+    }
+    if near_classes is None or batch.hard_classes is None:
+        try:
+            return ClassBalancedBatches(**arguments)
+        except DataError as error:
+            if not len(rows.validation):
+                raise
+            raise DataError(f"{error} Validation holds out {len(rows.validation)} pictures more.") from error
+    return HardClassBatches(
+        **arguments, near_classes=near_classes, classes_per_group=batch.hard_classes.classes_per_group
     )
 
 
@@ -69,7 +100,7 @@ def with_num_steps(settings: TrainSettings, *, num_steps_per_epoch: int) -> Trai
     """The same settings with their length in steps.
 
     Raises:
-        SettingsError: the warm-up does not end within the run.
+        SettingsError: the warm-up does not end within the run, or hard classes would never meet.
     """
     if settings.num_epochs is not None:
         length = {"num_steps": settings.num_epochs * num_steps_per_epoch, "num_epochs": None}
@@ -79,6 +110,13 @@ def with_num_steps(settings: TrainSettings, *, num_steps_per_epoch: int) -> Trai
         raise SettingsError(
             f"optimizer.warmup_epochs: {num_warmup_steps} steps of warm-up must stay below num_steps "
             f"({settings.num_steps})."
+        )
+    hard_classes = settings.batch.hard_classes
+    if hard_classes is not None and hard_classes.first_epoch * num_steps_per_epoch >= settings.num_steps:
+        raise SettingsError(
+            f"batch.hard_classes has no effect: the run ends after {settings.num_steps} steps, epoch "
+            f"{hard_classes.first_epoch} begins after {hard_classes.first_epoch * num_steps_per_epoch}. Lower "
+            "hard_classes.first_epoch, or train longer."
         )
     return settings
 

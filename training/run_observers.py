@@ -3,7 +3,6 @@
 import time
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
 from lookalike.events import EventLog
 from lookalike.progress import Progress
@@ -22,8 +21,6 @@ class RunObservers:
             ResourceError: tensorboard is asked for and not installed.
         """
         self._num_images = settings.batch.num_images
-        self._num_steps = settings.num_steps
-        self._num_done = 0
         self._best_validation: float | None = None
         with ExitStack() as stack:
             self._events = stack.enter_context(EventLog(settings.run / f"events-rank{world.rank}.jsonl"))
@@ -36,18 +33,19 @@ class RunObservers:
                 )
             )
             self._stack = stack.pop_all()
-        self._started = self._finished = time.perf_counter()
+        self._finished = time.perf_counter()
 
     def step(self, step: int, measured: dict[str, float]) -> None:
         """Takes in what step number `step` measured."""
         # From the end of the step before: waiting for pictures counts.
         started, self._finished = self._finished, time.perf_counter()
         rate = round(self._num_images / (self._finished - started), 2)
-        self._write("step", step=step, **measured, images_per_second=rate)
-        self._num_done += 1
+        values = {**measured, "images_per_second": rate}
+        self._events.write("step", step=step, **values)
+        if self._board is not None:
+            self._board.write("step", step=step, **values)
         note = progress_note(
             images_per_second=rate,
-            seconds_left=(self._finished - self._started) / self._num_done * (self._num_steps - step - 1),
             loss=measured["loss"],
             loss_above_floor=measured.get("loss_above_floor"),
             hit_rate_at_1=measured["hit_rate_at_1"],
@@ -57,13 +55,12 @@ class RunObservers:
 
     def validation(self, step: int, measured: dict[str, float], *, best_step: int | None, best_value: float) -> None:
         """Takes in the validation after `step` steps."""
-        self._write("validation", step=step, **measured, is_best=step == best_step)
-        self._best_validation = best_value
-
-    def _write(self, event: str, **values: Any) -> None:
-        self._events.write(event, **values)
+        values = {**measured, "is_best": step == best_step}
+        self._events.write("validation", step=step, **values)
         if self._board is not None:
-            self._board.write(event, **values)
+            # At the last of those steps: a run that is resumed after them leaves out what stands at later ones.
+            self._board.write("validation", step=step - 1, **values)
+        self._best_validation = best_value
 
     def __enter__(self) -> "RunObservers":
         return self

@@ -3,21 +3,28 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from data_pipelines.settings import AugmentationSettings, ShardCacheSettings
 from lookalike.encoder_settings import EncoderSettings, RandomWeights, Weights
 from lookalike.settings import Settings
-from training.backend_settings import BackendSettings, DeepSpeedBackend, FSDP2Backend, SingleBackend
+from training.backend_settings import BackendSettings, SingleBackend
 from training.loss_settings import LossSettings, RecallAtKLoss
-from training.optimizer_settings import AdamWSettings, SGDSettings
+from training.optimizer_settings import OptimizerSettings
 from training.validation_settings import ValidationSettings
 
-OptimizerSettings = Annotated[
-    AdamWSettings | SGDSettings,
-    Field(discriminator="name"),
-    BeforeValidator(lambda tree: {"name": "adamw", **tree} if isinstance(tree, dict) else tree),
-]
+
+class HardClassSettings(Settings):
+    """Classes that look alike to the encoder meet in a batch, in place of any."""
+
+    classes_per_group: Annotated[int, Field(ge=2)] = 4
+    """A class and those nearest to it that are still free; divides `classes_per_batch`."""
+    first_epoch: PositiveInt = 1
+    """Epochs before this one, from 0, take any classes together: embeddings must mean something first."""
+    epochs_between: PositiveInt = 1
+    """Looks for the nearest classes anew every so many epochs; the loader's processes then begin anew, too."""
+    num_near: PositiveInt = 50
+    """Nearest classes that are known of each; where all of them are taken, any fill the group."""
 
 
 class BatchSettings(Settings):
@@ -35,10 +42,21 @@ class BatchSettings(Settings):
     the memory budget holds."""
     memory_budget: PositiveInt | Literal["auto"] = "auto"
     """Bytes of each process for what is `auto`; auto: most of the memory that is free when the run begins."""
+    hard_classes: HardClassSettings | None = None
+    """Which classes meet; null: any."""
 
     @property
     def num_images(self) -> int:
         return self.classes_per_batch * self.images_per_class
+
+    @model_validator(mode="after")
+    def _groups_fill_the_batch(self) -> "BatchSettings":
+        if self.hard_classes is not None and self.classes_per_batch % self.hard_classes.classes_per_group:
+            raise ValueError(
+                f"hard_classes.classes_per_group ({self.hard_classes.classes_per_group}) must divide "
+                f"classes_per_batch ({self.classes_per_batch})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _memory_is_shared_out_once(self) -> "BatchSettings":
@@ -157,16 +175,4 @@ class TrainSettings(Settings):
                     "batch_norm trained cannot be combined with compute.compiles_backbone: averaging the statistics of "
                     "chunks would break the compiled program at every norm"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _validation_finds_whole_weights(self) -> "TrainSettings":
-        spreads_weights = isinstance(self.backend, FSDP2Backend) or (
-            isinstance(self.backend, DeepSpeedBackend) and self.backend.zero_stage == 3
-        )
-        if self.validation is not None and spreads_weights:
-            raise ValueError(
-                f"validation needs whole weights, and backend {self.backend.name} spreads them over processes: use "
-                "single, ddp, or deepspeed with zero_stage 1 or 2"
-            )
         return self

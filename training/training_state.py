@@ -12,9 +12,17 @@ from torch import Tensor
 from lookalike.encoder import Encoder, available_device, create_encoder
 from lookalike.errors import SettingsError
 from lookalike.world import World
-from training.backends.protocol import Backend, MakeOptimizer, create_backend, full_encoder, require_supported
+from training.backends.protocol import (
+    Backend,
+    MakeOptimizer,
+    create_backend,
+    full_encoder,
+    full_encoder_everywhere,
+    require_supported,
+)
 from training.backends.single import Single
 from training.checkpoint import Checkpoint
+from training.hard_classes import HardClasses
 from training.loss_registry import create_loss, loss_learns
 from training.losses.batch_loss import BatchLoss
 from training.optimizer import create_optimizer, freeze_parameters
@@ -27,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingState:
-    """Weights, optimizer, whatever the loss remembers or learns, and which validation was the best one."""
+    """Weights, optimizer, what the loss and the batches remember or learn, and which validation was the best one."""
 
     encoder: Encoder  # what the back end trains; where that spreads weights, only it can read them
     backend: Backend
@@ -35,17 +43,19 @@ class TrainingState:
     passes: Passes
     average: Encoder | None  # exponential moving average of the weights
     selection: Selection
+    hard_classes: HardClasses | None  # which classes meet, where embeddings decide it
     step: int = 0
 
-    @property
-    def result(self) -> Encoder:
-        """The encoder to embed with, on every process that holds whole weights."""
+    def result(self, world: World) -> Encoder:
+        """The encoder to embed with, on every process; collective. Where weights are spread, a whole copy of them."""
+        if self.backend.spreads_weights:
+            return full_encoder_everywhere(self.backend, self.encoder, world=world)
         return self.average or self.encoder
 
     def result_on_first(self, world: World) -> Encoder | None:
         """The encoder to embed with, on the first rank and None elsewhere; collective."""
         if self.average is not None or isinstance(self.backend, Single):
-            return self.result if world.is_first else None
+            return self.result(world) if world.is_first else None
         return full_encoder(self.backend, self.encoder, world=world)
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,6 +68,7 @@ class TrainingState:
             "loss": self.loss.state_dict(),
             "averaged_encoder": self.backend.full_weights() if self.average else None,
             "selection": self.selection.state_dict(),
+            "hard_classes": self.hard_classes.state_dict() if self.hard_classes else None,
             "chunk_size": self.passes.chunk_size,
         }
 
@@ -71,6 +82,8 @@ class TrainingState:
         self.backend.load(weights, checkpoint.state["optimizer"])
         self.loss.load_state_dict(checkpoint.state["loss"])
         self.selection.load_state_dict(checkpoint.state["selection"])
+        if self.hard_classes is not None:
+            self.hard_classes.load_state_dict(checkpoint.state["hard_classes"])
 
 
 def begin_or_resume(
@@ -104,7 +117,9 @@ def begin_or_resume(
         world=world,
     )
     selection = Selection(patience=settings.validation.patience if settings.validation else None)
-    state = TrainingState(encoder, backend, loss, passes, average, selection)
+    mining = settings.batch.hard_classes
+    hard_classes = HardClasses(classes, dim=encoder.dim, settings=mining) if mining is not None else None
+    state = TrainingState(encoder, backend, loss, passes, average, selection, hard_classes)
     if checkpoint is not None:
         state.load(checkpoint)
         logger.info("resuming %s after step %d", settings.run, state.step)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from data_pipelines.transforms import EvaluationTransform
 from lookalike.collectives import sum_over_ranks
 from lookalike.encoder import Encoder, embed_pixels
 from lookalike.errors import DataError, DecodeError, SettingsError, TrainingError
-from lookalike.ranking_metrics import average_precision_at_r, hit_rate_at_k
+from lookalike.ranking_metrics import Metric, average_precision_at_r, hit_rate_at_k, measure, with_missing_last
 from lookalike.world import World
 from training.validation_settings import ValidationSettings
 
@@ -107,8 +108,8 @@ class Validator:
         _, sizes = np.unique(self._labels, return_counts=True)
         if not (sizes >= 2).any():
             raise SettingsError(
-                f"validation: {len(sizes)} classes with {len(self._rows)} pictures are held out, and none has two "
-                "pictures. Raise validation.class_share or validation.max_pictures, or change validation.seed."
+                f"validation: {len(rows)} pictures are held out, {len(self._rows)} of them are looked at, no two of "
+                "one class. Raise validation.class_share or validation.max_pictures, or change validation.seed."
             )
 
     @property
@@ -210,22 +211,26 @@ def leave_one_out(
     # Queries of a block should need equally deep rankings.
     queries = queries[np.argsort(num_relevant[queries], kind="stable")]
     num_others = len(labels) - 1
-    depths = {k: min(k, num_others) for k in ks}
-    names = [*(f"hit_rate_at_{k}" for k in ks), "map_at_r"]
-    table = torch.zeros(len(queries), len(names), dtype=torch.float64)
+    metrics: dict[str, Metric] = {f"hit_rate_at_{k}": partial(hit_rate_at_k, k=k) for k in ks}
+    metrics["map_at_r"] = average_precision_at_r
+    table = torch.zeros(len(queries), len(metrics), dtype=torch.float64)
     labels = labels.to(embeddings.device)
     block_size = max(1, min(_MOST_QUERIES, _BLOCK_ENTRIES // len(labels)))
     for start in range(0, len(queries), block_size)[world.rank :: world.size]:
         block = queries[start : start + block_size]
-        depth = max(*depths.values(), int(num_relevant[block].max()))
+        # No metric looks further.
+        depth = min(max(*ks, int(num_relevant[block].max())), num_others)
         relevance = _relevance(embeddings, labels, torch.from_numpy(block).to(embeddings.device), depth=depth)
-        columns = [hit_rate_at_k(relevance, depths[k]) for k in ks]
-        columns.append(average_precision_at_r(relevance, num_relevant[block]))
-        table[start : start + len(block)] = torch.from_numpy(np.stack(columns, axis=1))
+        positions = [
+            with_missing_last(np.flatnonzero(own), num_relevant=count, num_ranked=num_others)
+            for own, count in zip(relevance, num_relevant[block].tolist(), strict=True)
+        ]
+        values = measure(metrics, positions)
+        table[start : start + len(block)] = torch.from_numpy(np.stack(list(values.values()), axis=1))
     table = table.to(embeddings.device)
     sum_over_ranks([table], world)
     means: Float64[ndarray, metrics] = table.cpu().numpy().mean(axis=0)
-    return {**dict(zip(names, means.tolist(), strict=True)), "num_queries": len(queries)}
+    return {**dict(zip(metrics, means.tolist(), strict=True)), "num_queries": len(queries)}
 
 
 def _relevance(

@@ -2,9 +2,11 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -108,7 +110,11 @@ def processes_of_session(session: int) -> list[str]:
     return found
 
 
-def test_sigterm_ends_training_cleanly_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+# Of a job whose processes are all signalled, the workers have to go on, too, until the step is done.
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_sigterm_ends_training_cleanly_and_says_how_to_go_on(
+    config: Path, tmp_path: Path, kill: Callable[[int, int], None]
+) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "training", str(config), "num_steps=500"],
@@ -120,7 +126,7 @@ def test_sigterm_ends_training_cleanly_and_says_how_to_go_on(config: Path, tmp_p
     while not read_events(run / "events-rank0.jsonl", "step"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
+    kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)  # ends only when nobody holds the pipe any more
     assert process.returncode == 143
     assert errors.strip().splitlines()[-1].endswith("Run the same command again to continue.")

@@ -54,6 +54,7 @@ class DeepSpeed:
         self._numbers = _make_vectors_of_numbers(encoder)
         self._encoder = encoder
         self._stage = settings.zero_stage
+        self.spreads_weights = settings.spreads_weights
         self._world = world
         optimizer = make_optimizer(encoder)
         require_only_encoder(encoder, optimizer, name="deepspeed")

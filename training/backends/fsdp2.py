@@ -25,6 +25,8 @@ class FSDP2:
     fits any number of processes, and the back ends that spread nothing.
     """
 
+    spreads_weights = True
+
     def __init__(
         self,
         settings: FSDP2Backend,

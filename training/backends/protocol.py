@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lookalike.collectives import all_gather_rows
+from lookalike.collectives import all_gather_rows, broadcast_from_first
 from lookalike.encoder import Encoder, create_encoder
 from lookalike.errors import SettingsError
 from lookalike.world import World
@@ -43,6 +43,8 @@ class Backend(Protocol):
     """To be called in place of the encoder, with and without a graph."""
     optimizer: torch.optim.Optimizer
     """Holds the parameter groups, whose learning rates may be set between steps."""
+    spreads_weights: bool
+    """Whether no process holds all weights: only `network` can then be called."""
 
     def begin_step(self, *, num_chunks: int, num_kept_chunks: int) -> None:
         """Forgets the gradients of the step before.
@@ -136,20 +138,17 @@ def require_supported(
     where = f"backend {settings.name}"
     if settings.name != "single" and world.size == 1:
         raise SettingsError(
-            f"{where} shares the work of several processes, found 1. Start it under torchrun, "
+            f"{where} shares the work of several processes, found 1. Start it with lookalike launch, "
             "or set backend.name=single."
         )
     spreads_optimizer = isinstance(settings, FSDP2Backend | DeepSpeedBackend)
-    spreads_weights = isinstance(settings, FSDP2Backend) or (
-        isinstance(settings, DeepSpeedBackend) and settings.zero_stage == 3
-    )
     if spreads_optimizer and loss_learns:
         raise SettingsError(
             f"{where} trains the encoder alone, this loss has parameters of its own. Use single or ddp."
         )
     if spreads_optimizer and compiles_backbone:
         raise SettingsError(f"{where} cannot be combined with compute.compiles_backbone. Use single or ddp.")
-    if spreads_weights and keeps_average:
+    if settings.spreads_weights and keeps_average:
         raise SettingsError(
             f"{where} spreads the weights over processes, and average_decay needs them whole. "
             "Use single, ddp, or deepspeed with zero_stage 1 or 2."
@@ -182,7 +181,20 @@ def full_encoder(backend: Backend, encoder: Encoder, *, world: World) -> Encoder
     weights = backend.full_weights()
     if not world.is_first:
         return None
-    with torch.random.fork_rng(devices=[]):
-        plain = create_encoder(encoder.settings)
+    plain = _plain_encoder(encoder)
     plain.load_state_dict(weights)
-    return plain.eval()
+    return plain
+
+
+def full_encoder_everywhere(backend: Backend, encoder: Encoder, *, world: World) -> Encoder:
+    """On every rank a plain encoder in evaluation mode, on the encoder's device, to embed with."""
+    first = full_encoder(backend, encoder, world=world)
+    plain = (first or _plain_encoder(encoder)).to(chunk_device(encoder))
+    for value in plain.state_dict().values():
+        broadcast_from_first(value, world)
+    return plain
+
+
+def _plain_encoder(encoder: Encoder) -> Encoder:
+    with torch.random.fork_rng(devices=[]):  # its first weights, drawn and overwritten, are not training's
+        return create_encoder(encoder.settings).eval()

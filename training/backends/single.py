@@ -19,6 +19,8 @@ from training.backends.protocol import MakeOptimizer
 class Single:
     """Every process holds everything. Its files of weights and optimizer state fit any number of processes."""
 
+    spreads_weights = False
+
     def __init__(
         self, encoder: Encoder, make_optimizer: MakeOptimizer, *, max_gradient_norm: float | None, world: World
     ) -> None:

@@ -45,7 +45,7 @@ from training.losses.query_plan import (
 )
 from training.losses.rank_statistics import RankStatistics, rank_histogram
 from training.losses.similarities import ImageSimilarities, MixedSimilarities, Similarities
-from training.losses.soft_comparisons import Sigmoid, SoftComparisons, Workspace, saturation_of
+from training.losses.soft_comparisons import Sigmoid, Workspace, saturation_of, soft_comparisons
 
 # Numbers held at a time where positives are compared with one another.
 _COMPARISONS = 1 << 18
@@ -188,27 +188,16 @@ def _ranks_from_list(queries: Queries, near: NearPairs, sigmoid: Sigmoid) -> Flo
 
 def _ranks_from_tiles(samples: Similarities, plan: Plan, sigmoid: Sigmoid) -> OfBlocks:
     comparisons = [
-        SoftComparisons(queries.thresholds, sigmoid, is_served=queries.is_positive) for queries in plan.queries
+        soft_comparisons(queries.thresholds, sigmoid, is_served=queries.is_positive) for queries in plan.queries
     ]
     ranks = [torch.full_like(queries.thresholds, 0.5) for queries in plan.queries]
     workspace = Workspace(2)
     for row, column, serves_both, similarities in plan.tiles(samples):
         buffers = workspace.like(similarities)
-        _add_comparisons(ranks[row], comparisons[row], similarities, buffers)
+        comparisons[row].add_sums(ranks[row], similarities, buffers)
         if serves_both:
-            _add_comparisons(ranks[column], comparisons[column], similarities.T, [buffer.T for buffer in buffers])
+            comparisons[column].add_sums(ranks[column], similarities.T, [buffer.T for buffer in buffers])
     return ranks
-
-
-def _add_comparisons(
-    ranks: Float[Tensor, "queries positives"],
-    comparisons: SoftComparisons,
-    similarities: Float[Tensor, "queries gallery"],
-    buffers: list[Float[Tensor, "queries gallery"]],
-) -> None:
-    comparisons.begin(similarities, buffers)
-    for index, count in enumerate(comparisons.num_queries):
-        ranks[:count, index] += comparisons.sums_with_positive(index)
 
 
 def _add_gradient(
@@ -238,7 +227,7 @@ def _add_gradient(
 
 def _add_gradient_from_tiles(samples: Similarities, plan: Plan, slopes: OfBlocks, sigmoid: Sigmoid) -> float:
     comparisons = [
-        SoftComparisons(queries.thresholds, sigmoid, is_served=part != 0)
+        soft_comparisons(queries.thresholds, sigmoid, is_served=part != 0)
         for queries, part in zip(plan.queries, slopes, strict=True)
     ]
     pulls = [torch.zeros_like(part) for part in slopes]
@@ -246,32 +235,14 @@ def _add_gradient_from_tiles(samples: Similarities, plan: Plan, slopes: OfBlocks
     for row, column, serves_both, similarities in plan.tiles(samples):
         pull, *buffers = workspace.like(similarities)
         pull.zero_()
-        _add_pull(pull, pulls[row], comparisons[row], slopes[row], similarities, buffers)
+        comparisons[row].add_pull(pull, pulls[row], slopes[row], similarities, buffers)
         if serves_both:
             turned = [buffer.T for buffer in buffers]
-            _add_pull(pull.T, pulls[column], comparisons[column], slopes[column], similarities.T, turned)
+            comparisons[column].add_pull(pull.T, pulls[column], slopes[column], similarities.T, turned)
         samples.add_gradient(plan.queries[row].block, plan.gallery[column], pull.div_(sigmoid.temperature))
     for queries, part, pull in zip(plan.queries, slopes, pulls, strict=True):
         _add_gradient_by_thresholds(samples, queries, (part * pull).div_(-sigmoid.temperature))
     return float(sum((pull * (part != 0)).sum() for part, pull in zip(slopes, pulls, strict=True)))
-
-
-def _add_pull(
-    pull: Float[Tensor, "queries gallery"],
-    pulls: Float[Tensor, "queries positives"],
-    comparisons: SoftComparisons,
-    slopes: Float[Tensor, "queries positives"],
-    similarities: Float[Tensor, "queries gallery"],
-    buffers: list[Float[Tensor, "queries gallery"]],
-) -> None:
-    """Adds Σ slope * σ' over positives to `pull`, and Σ σ' over the gallery to `pulls`."""
-    comparisons.begin(similarities, buffers)
-    by_positive = slopes.T.contiguous()[:, :, None]
-    for index, count in enumerate(comparisons.num_queries):
-        steepness = comparisons.with_positive(index)
-        steepness.addcmul_(steepness, steepness, value=-1)
-        pull[:count].addcmul_(steepness, by_positive[index, :count])
-        pulls[:count, index] += steepness.sum(1)
 
 
 def _add_gradient_by_thresholds(

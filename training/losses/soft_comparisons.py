@@ -1,11 +1,19 @@
 """Soft comparisons of a tile of similarities with the thresholds of its queries."""
 
+import importlib.util
+import logging
 import math
+import os
+import shutil
 from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +29,68 @@ def saturation_of(dtype: torch.dtype, num_samples: int) -> float:
     return math.log(num_samples / torch.finfo(dtype).eps)
 
 
-class SoftComparisons:
-    """σ((s(q, z) - t) / τ) of a tile, for one threshold t of each query after another.
+@runtime_checkable
+class Comparisons(Protocol):
+    """σ((s(q, z) - t) / τ) of tiles of the same queries, for each of their thresholds t, and σ' = σ (1 - σ)."""
+
+    def add_sums(
+        self,
+        sums: Float[Tensor, "queries positives"],
+        similarities: Float[Tensor, "queries gallery"],
+        workspace: list[Float[Tensor, "queries gallery"]],
+    ) -> None:
+        """Adds Σ σ over the gallery to `sums`. Both tensors of the workspace may be written to."""
+        ...
+
+    def add_pull(
+        self,
+        pull: Float[Tensor, "queries gallery"],
+        pulls: Float[Tensor, "queries positives"],
+        slopes: Float[Tensor, "queries positives"],
+        similarities: Float[Tensor, "queries gallery"],
+        workspace: list[Float[Tensor, "queries gallery"]],
+    ) -> None:
+        """Adds Σ slope * σ' over positives to `pull`, and Σ σ' over the gallery to `pulls`; workspace as above.
+
+        Slopes are 0 where a threshold is not served; what is added to `pulls` there means nothing.
+        """
+        ...
+
+
+def soft_comparisons(
+    thresholds: Float[Tensor, "queries positives"],
+    sigmoid: Sigmoid,
+    *,
+    is_served: Bool[Tensor, "queries positives"],
+) -> Comparisons:
+    """By a kernel where there is a GPU, Triton and a C compiler, else by torch's operations.
+
+    Args:
+        is_served: Thresholds that matter. Sums for the others mean nothing.
+    """
+    if thresholds.is_cuda and _can_launch_kernels():
+        from training.losses.triton_comparisons import TritonComparisons
+
+        return TritonComparisons(thresholds, sigmoid)
+    return TorchComparisons(thresholds, sigmoid, is_served=is_served)
+
+
+@cache
+def _can_launch_kernels() -> bool:
+    """Warns, once, where Triton is there in vain."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # Where Triton looks, when a kernel's first launch has to build what calls it.
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    logger.warning(
+        "Triton finds no C compiler, so torch's slower operations compute the loss. Install gcc, or name one in CC."
+    )
+    return False
+
+
+class TorchComparisons:
+    """One threshold of each query after another.
 
     One exponential serves all thresholds: with c the middle between the highest and the lowest of a row,
     e = exp((c - s) / τ) and b = exp((c - t) / τ), the comparison is b / (b + e). An e that overflows or vanishes is so
@@ -54,16 +122,42 @@ class SoftComparisons:
         self._thresholds = thresholds.T.contiguous()[:, :, None]
         self._offsets = (center - thresholds).mul_(self._scale).exp2_().T.contiguous()[:, :, None]
 
-    def begin(
+    def add_sums(
+        self,
+        sums: Float[Tensor, "queries positives"],
+        similarities: Float[Tensor, "queries gallery"],
+        workspace: list[Float[Tensor, "queries gallery"]],
+    ) -> None:
+        self._begin(similarities, workspace)
+        for index, count in enumerate(self.num_queries):
+            sums[:count, index] += self._sums_with_positive(index)
+
+    def add_pull(
+        self,
+        pull: Float[Tensor, "queries gallery"],
+        pulls: Float[Tensor, "queries positives"],
+        slopes: Float[Tensor, "queries positives"],
+        similarities: Float[Tensor, "queries gallery"],
+        workspace: list[Float[Tensor, "queries gallery"]],
+    ) -> None:
+        self._begin(similarities, workspace)
+        by_positive = slopes.T.contiguous()[:, :, None]
+        for index, count in enumerate(self.num_queries):
+            steepness = self._with_positive(index)
+            steepness.addcmul_(steepness, steepness, value=-1)
+            pull[:count].addcmul_(steepness, by_positive[index, :count])
+            pulls[:count, index] += steepness.sum(1)
+
+    def _begin(
         self, similarities: Float[Tensor, "queries gallery"], workspace: list[Float[Tensor, "queries gallery"]]
     ) -> None:
-        """What follows is about these. Both tensors of the workspace are written to until the next `begin`."""
+        """What follows is about these."""
         self._similarities = similarities
         self._exponentials, self._result = workspace
         if self._is_shared:
             torch.sub(self._center, similarities, alpha=self._scale, out=self._exponentials).exp2_()
 
-    def with_positive(self, index: int) -> Float[Tensor, "queries gallery"]:
+    def _with_positive(self, index: int) -> Float[Tensor, "queries gallery"]:
         """Of the first `num_queries[index]` queries; overwritten by the next call."""
         count = self.num_queries[index]
         result = self._result[:count]
@@ -73,14 +167,14 @@ class SoftComparisons:
         thresholds = self._thresholds[index, :count]
         return torch.sub(self._similarities[:count], thresholds, out=result).div_(self._temperature).sigmoid_()
 
-    def sums_with_positive(self, index: int) -> Float[Tensor, "queries"]:
+    def _sums_with_positive(self, index: int) -> Float[Tensor, "queries"]:
         """Over the gallery."""
         count = self.num_queries[index]
         if self._is_shared:
             offsets = self._offsets[index, :count]
             reciprocals = torch.add(self._exponentials[:count], offsets, out=self._result[:count]).reciprocal_()
             return reciprocals.sum(1).mul_(offsets[:, 0])
-        return self.with_positive(index).sum(1)
+        return self._with_positive(index).sum(1)
 
 
 class Workspace:

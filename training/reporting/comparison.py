@@ -11,8 +11,12 @@ from typing import Any
 
 from scipy import special
 
-from training.reporting.progress_note import duration
+from lookalike.artifacts import write_text_atomically
+from lookalike.progress import duration
 from training.reporting.run_history import RunHistory, read_run
+from training.reporting.run_record import explaining_never_fails
+
+TABLE_NAME = "table.md"
 
 # The last part of a run, whose mean is its hit rate at the end: one batch says little.
 _LAST_SHARE = 0.1
@@ -290,6 +294,14 @@ def comparison_lines(comparison: RunComparison) -> list[str]:
     if comparison.remarks:
         lines += ["", *(f"- {escaped(remark)}" for remark in comparison.remarks)]
     return lines
+
+
+def write_table(run: Path) -> Path:
+    """Writes what `comparison_lines` says of one run into its folder; a failure is logged and nothing more."""
+    path = run / TABLE_NAME
+    with explaining_never_fails(TABLE_NAME):
+        write_text_atomically(path, "\n".join(comparison_lines(compare_runs([run]))) + "\n")
+    return path
 
 
 def markdown_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -4,28 +4,18 @@
 def progress_note(
     *,
     images_per_second: float,
-    seconds_left: float,
     loss: float,
     loss_above_floor: float | None,
     hit_rate_at_1: float,
     best_validation: float | None = None,
 ) -> str:
-    """Speed, time left, the loss above its floor where that is known, the batch's hit rate, the best validation."""
+    """Speed, the loss above its floor where that is known, the batch's hit rate, the best validation."""
     shown_loss = f"loss {loss:.4f}" if loss_above_floor is None else f"loss above floor {loss_above_floor:.4f}"
     parts = [
         f"{images_per_second:.0f} images/s",
-        f"{duration(seconds_left)} left",
         shown_loss,
         f"hit rate@1 {hit_rate_at_1:.3f}",
     ]
     if best_validation is not None:
         parts.append(f"best validation {best_validation:.3f}")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -255,3 +255,66 @@ def test_ctrl_c_ends_at_once_and_everything(shard_set, tmp_path, num_workers):
     _, errors = reading.communicate(timeout=20)
     assert reading.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1, errors
+
+
+LASTING = """
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
+from data_pipelines.class_balanced_batches import ClassBalancedBatches
+from data_pipelines.loader import training_batches
+from data_pipelines.shard_set import ShardSet
+from lookalike.world import World
+import numpy as np
+
+class SlowTransform:
+    def __call__(self, picture, *, seed):
+        time.sleep(0.05)
+        return np.zeros((3, 8, 8), np.uint8)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: print("asked", flush=True))
+    with ShardSet.open(Path(sys.argv[1])) as shard_set:
+        rows = shard_set.rows("train")
+        plan = ClassBalancedBatches(shard_set.labels, rows, classes_per_batch=2, images_per_class=4, seed=5)
+        reading = training_batches(
+            shard_set, plan, SlowTransform(), world=World(), seed=7, steps=range(10**9), num_workers=2
+        )
+        next(reading)
+        workers = multiprocessing.active_children()
+        print("reading", flush=True)
+        steps = [next(reading).step for _ in range(8)]  # more than were under way
+        assert multiprocessing.active_children() == workers and all(worker.is_alive() for worker in workers)
+        print(steps[-1], flush=True)
+        ending = sys.argv[2]
+        if ending == "terminated":
+            for worker in workers:
+                worker.terminate()
+                worker.join(10)
+                assert worker.exitcode == 143, worker.exitcode
+        elif ending == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            reading.close()
+            assert not any(worker.is_alive() for worker in workers)
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("ending", ["closed", "terminated", "killed"])
+def test_workers_outlive_a_sigterm_to_the_process_group_and_not_their_parent(shard_set, tmp_path, ending):
+    script = tmp_path / "reading.py"
+    script.write_text(LASTING)
+    reading = subprocess.Popen(
+        [sys.executable, str(script), str(shard_set.folder), ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        process_group=0,
+    )
+    assert reading.stdout.readline() == "reading\n"
+    os.killpg(reading.pid, signal.SIGTERM)  # as a scheduler does
+    # Returns once nobody holds its end of the pipes: the workers are gone, too.
+    output, errors = reading.communicate(timeout=60)
+    assert output == "asked\n8\n", errors
+    assert reading.returncode == (-signal.SIGKILL if ending == "killed" else 0), errors

@@ -27,7 +27,7 @@ DDP = DDPBackend(name="ddp")
 
 @pytest.mark.parametrize("settings", [DDP, FSDP2, *ZERO.values()])
 def test_one_process_needs_no_back_end_for_several(settings: BackendSettings) -> None:
-    with pytest.raises(SettingsError, match=r"found 1\. Start it under torchrun, or set"):
+    with pytest.raises(SettingsError, match=r"found 1\. Start it with lookalike launch, or set"):
         require_supported(settings, world=World())
     require_supported(settings, world=TWO)
 

@@ -1,6 +1,10 @@
 from pathlib import Path
 
+import pytest
+import yaml
+
 from lookalike.settings import validate_settings
+from training.__main__ import main
 from training.dry_run import plan_of_run
 from training.settings import TrainSettings
 
@@ -42,3 +46,22 @@ def test_a_loss_without_schedules_shows_the_learning_rate() -> None:
     plan = plan_of_run(validate_settings(TrainSettings, tree, where="test"), num_steps_per_epoch=1)
     assert plan["loss"] == "fast_ap"
     assert plan["schedules"] == [{"step": 0, "lr": 0.1}, {"step": 1, "lr": 0.05}]
+
+
+def test_a_dry_run_refuses_what_validation_could_not_look_at(
+    shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {
+        "shards": str(shards_folder),
+        "run": str(tmp_path / "run"),
+        "num_steps": 2,
+        "batch": {"classes_per_batch": 2},
+        "encoder": {"backbone": "resnet10t"},
+        "optimizer": {"lr": 0.1},
+        "validation": {"class_share": 0.35, "steps_between": 1, "max_pictures": 2},
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path / "settings.yaml"), "--dry-run"])
+    assert refused.value.code == 2
+    assert "no two of one class" in capsys.readouterr().err

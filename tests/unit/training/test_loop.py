@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ from training.losses.recall_at_k import recall_at_k_with_gradient, surrogate_flo
 from training.losses.smooth_ap import smooth_average_precision_with_gradient
 from training.memory_budget import ChunkPlan
 from training.reporting.run_record import read_record
-from training.run_folder import run_identity
-from training.run_length import plan_batches, with_num_steps
+from training.run_folder import describe_run, run_identity
+from training.run_length import plan_batches, rows_of_run, with_num_steps
 from training.settings import TrainSettings
 from training.training_state import begin_or_resume
 from training.validation import Validator
@@ -75,7 +76,7 @@ def test_a_finished_run_is_reused_and_another_one_is_refused(shards_folder: Path
     assert train(settings) == folder
     assert train(settings.model_copy(update={"num_workers": 1, "steps_per_checkpoint": 7})) == folder
     assert (folder / "encoder.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ArtifactError, match="other settings or data"):
+    with pytest.raises(ArtifactError, match=r"finished run with other settings: seed 0 \(now 1\)\."):
         train(settings.model_copy(update={"seed": 1}))
 
 
@@ -91,6 +92,12 @@ def test_an_unfinished_run_with_other_settings_is_refused(shards_folder: Path, t
     save_checkpoint(settings.run, state.encoder, state.state_dict(), step=1, identity="an identity", num_kept=2)
     with pytest.raises(ArtifactError, match="other settings or data"):
         train(settings)
+    describe_run(settings, "an identity", batch=settings.batch)
+    with pytest.raises(ArtifactError, match="other data"):
+        train(settings)
+    changed = settings_for(shards_folder, tmp_path / "run", optimizer={"lr": 0.5}, num_workers=1)
+    with pytest.raises(ArtifactError, match=r"with other settings: optimizer\.lr 0\.\d+ \(now 0\.5\)\."):
+        train(changed)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: Path) -> None:
@@ -159,12 +166,26 @@ def test_batches_that_cannot_be_made_are_refused_by_name(shards_folder: Path, tm
         settings = settings_for(shards_folder, tmp_path, batch={"classes_per_batch": 7})
         with pytest.raises(DataError, match="7 classes per batch"):
             plan_batches(settings, shard_set, World())
+        held_out = settings_for(shards_folder, tmp_path, batch={"classes_per_batch": 5}, validation=VALIDATION)
+        with pytest.raises(DataError, match=r"4 classes .* Validation holds out \d+ pictures more"):
+            plan_batches(held_out, shard_set, World())
         odd = settings_for(shards_folder, tmp_path, batch={"classes_per_batch": 3, "images_per_class": 3})
         with pytest.raises(SettingsError, match="do not divide over 2 processes"):
             plan_batches(odd, shard_set, World(0, 2))
         nowhere = settings_for(shards_folder, tmp_path, split="validation")
         with pytest.raises(DataError, match="validation"):
             plan_batches(nowhere, shard_set, World())
+
+
+def test_pictures_without_splits_are_trained_on_as_all(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardSet.open(shards_folder) as shard_set:
+        monkeypatch.setitem(shard_set.manifest.details, "splits", {"all": {}})
+        with pytest.raises(DataError, match=r"no split 'train': .* Say split=null"):
+            rows_of_run(settings_for(shards_folder, tmp_path), shard_set)
+        rows = rows_of_run(settings_for(shards_folder, tmp_path, split=None), shard_set)
+        assert rows.training.tolist() == list(range(shard_set.num_samples))
 
 
 def test_shards_at_an_address_train_the_encoder_of_the_folder(shards_folder: Path, tmp_path: Path) -> None:
@@ -485,6 +506,45 @@ def test_two_processes_of_every_back_end_train_the_encoder_of_one(
             for backend in ("single", name)
         }
     assert len(identities) == 1
+
+
+def validate_on_rank(world: World, shards: Path, run: Path, backend: dict[str, object]) -> None:
+    settings = settings_for(shards, run, backend=backend, optimizer={"lr": 1e-4}, validation=VALIDATION, num_steps=2)
+    train(settings, world=world)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param({"name": "fsdp2", "smallest_unit": 500}, id="fsdp2"),
+        pytest.param(
+            {"name": "deepspeed", "zero_stage": 3, "largest_whole_parameter": 0},
+            id="zero3",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no extra [deepspeed]"),
+            ],
+        ),
+    ],
+)
+def test_spread_weights_are_validated_as_whole_ones(
+    shards_folder: Path, tmp_path: Path, backend: dict[str, object]
+) -> None:
+    validate_on_rank(World(), shards_folder, tmp_path / "one", {"name": "single"})
+    run_on_ranks(validate_on_rank, 2, shards_folder, tmp_path / "two", backend)
+    one = read_events(tmp_path / "one" / "events-rank0.jsonl", "validation")
+    for rank in (0, 1):
+        found = read_events(tmp_path / "two" / f"events-rank{rank}.jsonl", "validation")
+        assert [event["value"] for event in found] == pytest.approx([event["value"] for event in one], abs=1e-3)
+        assert [event["step"] for event in found] == [1, 2]
+    # Validated as it will be found: the encoder of the best checkpoint has the value that chose it.
+    best = json.loads((tmp_path / "two" / "checkpoints" / "best.json").read_text())
+    encoder = load_encoder(tmp_path / "two" / "encoder")
+    with ShardSet.open(shards_folder) as shard_set:
+        settings = settings_for(shards_folder, tmp_path, validation=VALIDATION)
+        validator = loop.create_validator(settings, shard_set, World())
+        assert validator is not None
+        assert validator.validate(encoder)["value"] == pytest.approx(best["value"], abs=1e-6)
 
 
 def test_a_back_end_that_cannot_do_what_is_asked_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from training.optimizer import create_optimizer, freeze_parameters, schedule_factor, set_learning_rate
-from training.optimizer_settings import AdamWSettings, SGDSettings
+from training.optimizer_settings import AdamSettings, AdamWSettings, SGDSettings
 
 SETTINGS = AdamWSettings(lr=0.1, weight_decay=0.5, projection_lr_multiplier=10, warmup_steps=4)
 ENCODER = EncoderSettings(backbone="resnet10t", pooling="gem", projection_dim=8, input=InputSettings(size=32))
@@ -80,6 +82,9 @@ def test_the_options_of_both_optimizers_arrive() -> None:
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
     adamw = create_optimizer(encoder, AdamWSettings(lr=0.1, betas=(0.8, 0.99), epsilon=1e-6, keeps_largest_square=True))
     assert isinstance(adamw, torch.optim.AdamW)
+    adam = create_optimizer(encoder, AdamSettings(name="adam", lr=0.1, weight_decay=0.5))
+    assert type(adam) is torch.optim.Adam
+    assert not adam.defaults["decoupled_weight_decay"]
     assert (adamw.defaults["betas"], adamw.defaults["eps"], adamw.defaults["amsgrad"]) == ((0.8, 0.99), 1e-6, True)
 
 
@@ -100,3 +105,41 @@ def test_drops_come_as_often_as_asked(unit: str, decay_every: int) -> None:
     settings = AdamWSettings(lr=1.0, schedule="step", unit=unit, decay_every=decay_every)  # type: ignore[arg-type]
     factors = [schedule_factor(step, settings, num_steps=18, num_steps_per_epoch=3) for step in range(18)]
     assert factors == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 6)
+
+
+@pytest.mark.parametrize(("unit", "milestones", "num_warmup_steps"), [("step", (6, 9), 0), ("epoch", (2, 3), 3)])
+def test_drops_come_at_milestones_counted_from_the_start_of_the_run(
+    unit: str, milestones: tuple[int, ...], num_warmup_steps: int
+) -> None:
+    """torch's MultiStepLR is the oracle, after the warm-up."""
+    settings = AdamWSettings(
+        lr=1.0,
+        schedule="step",
+        unit=unit,  # type: ignore[arg-type]
+        milestones=milestones,
+        decay_factor=0.3,
+        warmup_steps=num_warmup_steps,
+    )
+    factors = [schedule_factor(step, settings, num_steps=15, num_steps_per_epoch=3) for step in range(15)]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, [6, 9], gamma=0.3)
+    expected = []
+    for _ in range(15):
+        expected.append(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
+    assert factors[num_warmup_steps:] == pytest.approx(expected[num_warmup_steps:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "one of them"),
+        ({"schedule": "step", "decay_every": 3, "milestones": (3,)}, "one of them"),
+        ({"schedule": "cosine", "milestones": (3,)}, "no effect with schedule cosine"),
+        ({"schedule": "step", "milestones": (5, 3)}, "must ascend"),
+    ],
+)
+def test_drops_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamWSettings(lr=1.0, **changes)

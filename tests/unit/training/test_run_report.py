@@ -20,11 +20,12 @@ from data_pipelines.shard_set import ShardSet
 from lookalike.artifacts import read_manifest, verify_files
 from lookalike.errors import ArtifactError
 from lookalike.events import EventLog
+from lookalike.progress import Progress, duration
 from lookalike.world import World
-from training.reporting.comparison import compare_runs, differing_names, flat_settings, t_interval
+from training.reporting.comparison import compare_runs, differing_names, flat_settings, t_interval, write_table
 from training.reporting.curves import binned, draw_curves, write_curves
 from training.reporting.page import REPORT_KIND, REPORT_VERSION, report_runs
-from training.reporting.progress_note import duration, progress_note
+from training.reporting.progress_note import progress_note
 from training.reporting.run_history import read_run
 from training.reporting.run_record import read_record, record_start
 
@@ -149,15 +150,18 @@ def test_a_record_that_cannot_be_written_is_a_warning_and_a_damaged_one_begins_a
         assert [start["step"] for start in read_record(tmp_path)["starts"]] == [5]
 
 
-def test_the_progress_line_says_speed_time_left_loss_and_recall() -> None:
-    note = progress_note(
-        images_per_second=412.4, seconds_left=3900.0, loss=0.5, loss_above_floor=0.1234, hit_rate_at_1=0.7131
-    )
-    assert note == "412 images/s, 65 min left, loss above floor 0.1234, hit rate@1 0.713"
-    note = progress_note(
-        images_per_second=1.0, seconds_left=9.0, loss=0.5, loss_above_floor=None, hit_rate_at_1=0.0, best_validation=0.6
-    )
-    assert note == "1 images/s, 9 s left, loss 0.5000, hit rate@1 0.000, best validation 0.600"
+def test_the_progress_line_says_speed_time_left_loss_and_recall(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = progress_note(images_per_second=412.4, loss=0.5, loss_above_floor=0.1234, hit_rate_at_1=0.7131)
+    assert note == "412 images/s, loss above floor 0.1234, hit rate@1 0.713"
+    monkeypatch.setattr("lookalike.progress._SECONDS_TO_FIRST_LINE", 0.0)
+    monkeypatch.setattr("lookalike.progress.time.monotonic", iter([0.0, 30.0]).__next__)
+    with caplog.at_level("INFO"), Progress(131, description="training", unit="steps") as progress:
+        progress.advance(note=note)
+    assert caplog.messages == [f"training: 1/131 steps, 0.0/s, 65 min left, {note}"]
+    note = progress_note(images_per_second=1.0, loss=0.5, loss_above_floor=None, hit_rate_at_1=0.0, best_validation=0.6)
+    assert note == "1 images/s, loss 0.5000, hit rate@1 0.000, best validation 0.600"
     shown = [duration(seconds) for seconds in (0.0, 89.0, 90.0, 5400.0, 11_100.0)]
     assert shown == ["0 s", "89 s", "2 min", "1 h 30 min", "3 h 05 min"]
 
@@ -476,6 +480,15 @@ def test_curves_show_a_resumed_run_as_it_went(tmp_path: Path) -> None:
     path = write_curves(run)
     assert path == run / "curves.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_one_line_of_a_table_in_its_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_steps=25, validations=[0.1, 0.3])
+    path = write_table(run)
+    assert path == run / "table.md"
+    heading, _, row, *_ = path.read_text().splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (heading, row)), strict=True))
+    assert (cells["run"], cells["seed"], cells["best validation"]) == ("`run`", "0", "0.3000")
 
 
 def test_curves_that_cannot_be_drawn_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

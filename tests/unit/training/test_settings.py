@@ -70,11 +70,12 @@ def test_what_is_written_into_the_run_folder_reads_back_the_same() -> None:
         (["batch.chunk_size=auto"], "needs num_kept_chunks auto"),
         (["batch.memory_budget=1000000"], "no effect without num_kept_chunks auto"),
         (["batch_norm=trained", "batch.chunk_size=auto", "batch.num_kept_chunks=auto"], "give a number, not auto"),
-        (["validation={}", "backend.name=fsdp2"], "spreads them over processes"),
-        (["validation={}", "backend={name: deepspeed, zero_stage: 3}"], "spreads them over processes"),
         (["loss.mixing.share=0.5"], "no effect without mixes_similarities"),
         (["loss.mixes_similarities=true", "loss.mixing.share=0"], "greater than 0"),
         (["loss.ks={schedule: linear, start: [1, 2], end: [1], num_steps: 3}"], "same length"),
+        (["loss.ks={schedule: cosine, start: [1], end: [2], num_steps: 3}"], "a list, or a mapping with schedule"),
+        (["loss.k_temperature={schedule: cosine, start: 1, end: 2, num_steps: 3}"], "schedule linear or live_fraction"),
+        (["loss.k_temperature={start: 1, end: 2, num_steps: 3}"], "schedule linear or live_fraction"),
     ],
 )
 def test_settings_without_effect_or_sense_are_refused(overrides: list[str], complaint: str) -> None:

@@ -10,10 +10,10 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from data_pipelines.shard_set import ShardSet
-from evaluation.metrics import class_metrics, measure
 from lookalike.encoder import Encoder, create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.errors import DataError, SettingsError, TrainingError
+from lookalike.ranking_metrics import class_metrics, measure
 from lookalike.settings import validate_settings
 from lookalike.world import World
 from tests.gloo_ranks import run_on_ranks
@@ -169,10 +169,11 @@ def test_validation_happens_at_every_interval_and_at_the_end(shard_set: ShardSet
 
 
 def test_held_out_classes_without_a_pair_are_refused_by_the_names_of_the_settings(shard_set: ShardSet) -> None:
-    with pytest.raises(SettingsError, match=r"0 classes with 0 pictures.*Raise validation\.class_share"):
+    with pytest.raises(SettingsError, match=r"0 pictures are held out.*Raise validation\.class_share"):
         Validator(shard_set, np.empty(0, np.int64), SETTINGS)
-    with pytest.raises(SettingsError, match="none has two"):
-        Validator(shard_set, shard_set.rows("train"), SETTINGS.model_copy(update={"max_pictures": 4}))
+    rows = shard_set.rows("train")
+    with pytest.raises(SettingsError, match=rf"{len(rows)} pictures are held out, \d of them .* no two of one class"):
+        Validator(shard_set, rows, SETTINGS.model_copy(update={"max_pictures": 4}))
 
 
 def test_embeddings_that_are_not_finite_are_an_error(shard_set: ShardSet) -> None:
