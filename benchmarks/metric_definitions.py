@@ -11,8 +11,8 @@ import numpy as np
 from numpy import ndarray
 
 from evaluation.classes.protocols import leave_one_out, random_gallery
-from evaluation.metrics import average_precision, trapezoid_average_precision
 from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup, load_ground_truth
+from lookalike.ranking_metrics import average_precision, trapezoid_average_precision
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "revisited"
 

@@ -23,8 +23,9 @@ from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import GIVEN_SPLITS, ClassFolders
 from demo.emoji_pictures import ATTRIBUTION_FILE, fetch_vendor_packages, render_pictures
 from evaluation.embedding_sets import evaluate_embedding_sets
-from indexing.build import build_index
+from indexing.building.build import build_index
 from indexing.embed import embed_shards
+from indexing.sources.embeddings import EmbeddingSource
 from lookalike.encoder import Encoder, create_pretrained_encoder, load_encoder, save_encoder
 from lookalike.errors import DataError, SettingsError
 from lookalike.native_libraries import load_torch, num_cores
@@ -68,7 +69,7 @@ def emoji_demo(folder: Path, *, overrides: list[str]) -> DemoResult:
         embed_shards(frozen, shards, folder / "embeddings" / "frozen", split="test")
         trained_set = embed_shards(encoder, shards, folder / "embeddings" / "trained", split="test")
     with _step("index: build and measure"):
-        build_index(trained_set, folder / "index")
+        build_index(EmbeddingSource(trained_set), folder / "index")
     return _report(folder, title="Emoji of unseen classes, across vendors")
 
 
@@ -90,7 +91,7 @@ def own_pictures_demo(pictures: Path, folder: Path, *, overrides: list[str]) -> 
     with _step("embeddings: all pictures"):
         everything = embed_shards(encoder, shards, folder / "embeddings" / "all")
     with _step("index: build and measure"):
-        build_index(everything, folder / "index")
+        build_index(EmbeddingSource(everything), folder / "index")
     if not holds_out:
         note = "There are too few classes to hold some out, so nothing is measured on unseen ones."
         return DemoResult(folder / "index", None, None, [note])
@@ -137,7 +138,7 @@ def _flat_folder_demo(source: ClassFoldersSettings, folder: Path) -> DemoResult:
     with _step("embeddings: all pictures, by the pretrained encoder"):
         embeddings = embed_shards(encoder, shards, folder / "embeddings" / "all")
     with _step("index: build and measure"):
-        build_index(embeddings, folder / "index")
+        build_index(EmbeddingSource(embeddings), folder / "index")
     note = "There are no class folders, so nothing is trained or measured; the pretrained encoder searches."
     return DemoResult(folder / "index", None, None, [note])
 

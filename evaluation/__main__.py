@@ -75,6 +75,10 @@ def run(
         str | None, typer.Option(help="Instead: a timm model with its pretrained weights, or `lite0` from its package.")
     ] = None,
     image_size: Annotated[int, typer.Option(help="With --pretrained: side of the pictures, in pixels.")] = 224,
+    changed_input: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="What the encoder sees, as key=value: max_side=1024, 'scales=[1, 0.7071]'."),
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="Rank by this index instead of by brute force.")] = None,
     depth: Depth = 10_000,
     ground_truth: GroundTruth = None,
@@ -107,8 +111,9 @@ def run(
     outputs = _outputs(out / "result.json", out / "report" if report else None, previous)
     with _processes() as world:
         from data_pipelines.shard_set import ShardSet
+        from lookalike.encoder import with_input
 
-        encoder = open_encoder(checkpoint, pretrained, image_size=image_size)
+        encoder = with_input(open_encoder(checkpoint, pretrained, image_size=image_size), changed_input or ())
         with ShardSet.open(shards) as shard_set:
             tree, lines = evaluate_run(chosen, encoder, shard_set, options, outputs, world=world)
         _print_from_first(world, tree, as_json=as_json, lines=lambda: lines)

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from lookalike.api_client import ApiClient, Hit, ServerInfo
+from lookalike.api_answers import Hit, ServerInfo
+from lookalike.api_client import ApiClient
 from lookalike.errors import ManifestMismatch, SettingsError
 from lookalike.progress import Progress
 
@@ -29,7 +30,7 @@ class ServerRankings(Generic[Kept]):
 
     info: ServerInfo
     answers: list[Kept]  # what was kept of each list of hits
-    sampled_keys: tuple[str, ...]  # of random pictures of the server's gallery
+    sampled_keys: tuple[str, ...]  # of random pictures of the server's gallery that have one
     k: int  # hits asked for
     is_exact: bool
     warnings: tuple[str, ...] = ()
@@ -84,7 +85,8 @@ def ask_server(
                 for future in futures:
                     future.cancel()
                 raise
-        sampled = client.items(min(_NUM_SAMPLED, info.limits.max_items), seed=0)
+        items = client.random_items(min(_NUM_SAMPLED, info.limits.max_items), seed=0)
+    sampled_keys = tuple(item.key for item in items if item.key is not None)
     needed = min(k, info.num_vectors)
     warnings: tuple[str, ...] = ()
     if asked < needed:
@@ -92,4 +94,4 @@ def ask_server(
             f"The server gives at most {asked:,} hits, {needed:,} were wanted: metrics that need them are only "
             "bounded. Its setting limits.max_k raises that.",
         )
-    return ServerRankings(info, answers, tuple(item.key for item in sampled), asked, exact, warnings)
+    return ServerRankings(info, answers, sampled_keys, asked, exact, warnings)

@@ -7,11 +7,11 @@ from typing import Any
 
 from evaluation.compare import comparison_lines, open_result
 from evaluation.galleries import Illustrations
-from evaluation.metrics import RECALL_LEVELS
 from evaluation.reporting.folder import REPORT_NAME, require_replaceable, write_report
 from evaluation.reporting.values import Contender, PrecisionRecall
 from evaluation.result import Result, summary_tree, table_lines, write_result
 from lookalike.errors import SettingsError
+from lookalike.ranking_metrics import RECALL_LEVELS
 
 # Of all differences to an earlier result the terminal shows these.
 _HEADLINES = ("map", "map@r", "hit_rate@1", "map@100")

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lookalike.api_client import ServerInfo
+from indexing.searching.recall_curve import effort_to_tree, measured_depths, measured_for
+from lookalike.api_answers import ServerInfo
 from lookalike.artifacts import Manifest, versions
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.errors import ManifestMismatch
@@ -44,6 +45,7 @@ class ProtocolRecord:
     num_distractors: int
     crop: str  # which region of a query's picture is the query
     scales: Sequence[float] | str
+    scale_pooling: str  # how the vectors of several scales became one
     input_size: str
     interpolation: str
     whitening: str
@@ -93,6 +95,7 @@ def record_of_files(
         num_distractors=rows.get("distractors", 0),
         crop=UNKNOWN,
         scales=UNKNOWN,
+        scale_pooling=UNKNOWN,
         input_size=UNKNOWN,
         interpolation=UNKNOWN,
         whitening=UNKNOWN,
@@ -166,9 +169,10 @@ def record_of_embeddings(
         num_distractors=embeddings["distractors"].details["num_vectors"] if "distractors" in embeddings else 0,
         crop=crop,
         scales=list(encoder.input.scales),
+        scale_pooling=encoder.input.scale_pooling if len(encoder.input.scales) > 1 else NONE,
         input_size=input_size_rule(encoder.input),
         interpolation=f"{encoder.input.interpolation}, antialiased",
-        whitening="none after the encoder" + (", whose last layer is linear" if encoder.projection_dim else ""),
+        whitening=whitening_rule(embeddings["gallery"].details.get("whitening"), encoder),
         encoder_fingerprint=encoder_fingerprint,
         transform_fingerprint=transform_fingerprint,
         index_fingerprint=index.fingerprint if index else NONE,
@@ -189,9 +193,32 @@ def input_size_rule(settings: InputSettings) -> str:
     return f"resized to a square of {settings.size} pixels"
 
 
+def whitening_rule(settings: Mapping[str, Any] | None, encoder: EncoderSettings) -> str:
+    """A sentence for the whitening that an embedding set names, None where it names none."""
+    if settings is not None:
+        kept = "all that vary" if settings["dim"] is None else settings["dim"]
+        return (
+            f"{settings['method']}, dimensions kept: {kept}, shrinkage {settings['shrinkage']}, variance to the power "
+            f"{settings['power']}"
+        )
+    return "none after the encoder" + (", whose last layer is linear" if encoder.projection_dim else "")
+
+
 def _resolved(search: SearchParameters, index: Manifest) -> dict[str, Any]:
-    num_probes = "all" if search.exact else search.num_probes or index.details["default_num_probes"]
-    return {**asdict(search), "num_probes": num_probes}
+    """What a search came to, as `SearchParameters` and the measured curve of the index decide it.
+
+    Raises:
+        ValueError: the search looks at parts of the index only.
+    """
+    if search.filter is not None or search.among is not None:
+        raise ValueError("a benchmark ranks the whole gallery; filters and selections have no place in its record")
+    measured = measured_for(search.k, measured_depths(index.details))
+    effort = search.effort or measured.default_effort
+    is_exact = search.exact
+    if search.effort is None and search.recall is not None and not is_exact:
+        wished = measured.curve.effort_for(search.recall)
+        is_exact, effort = wished is None, wished or effort
+    return {"k": search.k, "exact": is_exact, **({} if is_exact else {"effort": effort_to_tree(effort)})}
 
 
 def _one_of(dtypes: Sequence[str]) -> str:
@@ -236,10 +263,11 @@ def record_of_server(
         num_distractors=num_distractors,
         crop=crop,
         scales=UNKNOWN,
+        scale_pooling=UNKNOWN,
         input_size=UNKNOWN,
         interpolation=UNKNOWN,
         whitening=UNKNOWN,
-        encoder_fingerprint=info.encoder_fingerprint,
+        encoder_fingerprint=info.encoder_fingerprint or UNKNOWN,
         transform_fingerprint=UNKNOWN,
         index_fingerprint=info.index_fingerprint,
         index_type=info.index_type,

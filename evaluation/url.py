@@ -35,7 +35,7 @@ from evaluation.result import Result, Section
 from evaluation.revisited.ground_truth import load_ground_truth
 from evaluation.revisited.pictures import keys_in_shards, queries_in_folder, rows_in_shards
 from evaluation.revisited.rankings import evaluate_rankings
-from lookalike.api_client import Hit, ServerInfo
+from lookalike.api_answers import Hit, ServerInfo
 from lookalike.artifacts import file_sha256, fingerprint
 from lookalike.errors import DataError, ManifestMismatch, SettingsError
 
@@ -183,9 +183,10 @@ class _PlacesOfKeys:
 
     def __call__(self, hits: tuple[Hit, ...]) -> Int64[ndarray, "hits"]:
         with self._lock:  # answers come on several threads
-            return np.array([self._place(hit.key) for hit in hits], np.int64)
+            return np.array([self._place(hit) for hit in hits], np.int64)
 
-    def _place(self, key: str) -> int:
+    def _place(self, hit: Hit) -> int:
+        key = hit.key or f"id {hit.id}"
         if key in self._query_keys:
             raise ManifestMismatch(
                 f"the index of {self._url} holds the query {key}, which would find itself. Build it from an embedding "

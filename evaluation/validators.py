@@ -18,10 +18,10 @@ from numpy import ndarray
 from pyarrow import compute
 
 from data_pipelines.shard_set import ShardSet
-from evaluation.metrics import recall_at_k
 from evaluation.record import PictureCounts, Role
 from evaluation.result import mean_of_known
 from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup
+from lookalike.ranking_metrics import recall_at_k
 
 LARGEST_NORM_DEVIATION = 1e-2  # float16 and bfloat16 round unit vectors by less
 MAX_SAMPLED_ROWS = 100_000
@@ -143,8 +143,8 @@ def recall_ceiling(truth: GroundTruth, setup: Setup, k: int) -> float:
 def impossible_values(tree: Mapping[str, Any], truth: GroundTruth) -> list[str]:
     """Values that no ranking can have, in a result of ours or of anybody: section -> metric -> percent.
 
-    Metrics are `map`, `mp@k`, `mr@k` and those of `evaluation.metrics`; all else, and null, is passed over. A value
-    counts as rounded to the decimals that it is written with, so that published numbers can be checked.
+    Metrics are `map`, `mp@k`, `mr@k` and those of `lookalike.ranking_metrics`; all else, and null, is passed over. A
+    value counts as rounded to the decimals that it is written with, so that published numbers can be checked.
     """
     found = []
     for section, metrics in tree.items():

@@ -10,8 +10,9 @@ from numpy import ndarray
 
 from data_pipelines.sources.mat_files import read_mat
 from indexing.embedding_set import EmbeddingSet, block_path
-from indexing.published_index import INDEX_KIND, INDEX_VERSION, PublishedIndex, current_version, versions_of
-from lookalike.artifacts import file_sha256, read_manifest
+from indexing.published_index import PublishedIndex
+from indexing.versions import versions_of
+from lookalike.artifacts import file_sha256
 from lookalike.errors import DataError
 
 # What the vectors are for; the official example features hold both, a picture per column.
@@ -23,7 +24,7 @@ _LARGEST_HASHED_BYTES = 256 << 20
 def load_vectors(path: Path, *, role: Role = "database", name: str | None = None) -> Float[ndarray, "vectors dim"]:
     """All vectors of a file or folder, a row each; of an artifact in the order of their ids.
 
-    `.npy` is memory-mapped. An embedding set of several blocks and an index are copied to memory; see
+    `.npy` and an index are memory-mapped. An embedding set of several blocks is copied to memory; see
     `load_vector_parts`.
 
     Args:
@@ -41,15 +42,11 @@ def load_vectors(path: Path, *, role: Role = "database", name: str | None = None
 def load_vector_parts(
     path: Path, *, role: Role = "database", name: str | None = None
 ) -> list[Float[ndarray, "part dim"]]:
-    """Like `load_vectors`, but an embedding set stays on disk, a memory-mapped array per block.
-
-    An index is copied to memory: 4 * vectors * dim bytes.
-    """
+    """Like `load_vectors`, but an embedding set stays on disk, a memory-mapped array per block."""
     if name is not None and path.suffix.lower() != ".mat":
         raise DataError(f"{path} has no variables, so none is called {name}; only a .mat has.")
     if _is_index(path):
-        index = PublishedIndex.open(path)
-        return [index.vectors_of(index.ids)]
+        return [PublishedIndex.open(path).store.vectors]
     if path.is_dir():
         return _embedding_parts(EmbeddingSet.open(path))
     if path.suffix.lower() == ".mat":
@@ -91,7 +88,7 @@ def load_ids(path: Path) -> Int64[ndarray, "rows"]:
         ArtifactError: a folder is no embedding set and no index, or is damaged.
     """
     if _is_index(path):
-        return PublishedIndex.open(path).ids
+        return PublishedIndex.open(path).ids()
     ids = np.sort(EmbeddingSet.open(path).ids) if path.is_dir() else load_labels(path).astype(np.int64)
     if (ids < 0).any():
         raise DataError(f"{path} holds the id {int(ids.min())}; ids are not negative.")
@@ -113,9 +110,8 @@ def provenance(path: Path, parts: Sequence[Float[ndarray, "_ dim"]]) -> dict[str
     shape = [sum(map(len, parts)), parts[0].shape[1] if parts else 0]
     record: dict[str, Any] = {"file": path.name, "dtype": str(dtype), "shape": shape}
     if _is_index(path):
-        version = path / current_version(path)
-        manifest = read_manifest(version, kind=INDEX_KIND, newest_version=INDEX_VERSION)
-        return {**record, "version": version.name, "fingerprint": manifest.fingerprint}
+        index = PublishedIndex.open(path)
+        return {**record, "version": index.version, "fingerprint": index.fingerprint}
     if path.is_dir():
         return {**record, "fingerprint": EmbeddingSet.open(path).fingerprint}
     return {**record, "sha256": file_sha256(path)} if path.stat().st_size < _LARGEST_HASHED_BYTES else record

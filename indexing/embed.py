@@ -1,16 +1,22 @@
 """Shards -> embedding set, block by block: each rank takes shards, a rerun continues, the result is the same."""
 
+import functools
 import json
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from numpy import ndarray
+from torch import Tensor
 
 from data_pipelines.loader import evaluation_batches
 from data_pipelines.shard_set import ShardSet
@@ -42,6 +48,7 @@ from lookalike.settings import dump_settings
 from lookalike.world import World
 
 _MARKER_NAME = "identity.json"
+_PICTURES_PER_THREAD = 8
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +85,26 @@ def embed_shards(
     transform = EvaluationTransform(encoder.settings.input)
     keys = shard_set.samples["key"]
     num_pictures = Counter(shard_set.samples["shard"].to_pylist())
-    with Progress(sum(num_pictures[name] for name in own), description="embedding", unit="pictures") as progress:
+    total = sum(num_pictures[name] for name in own)
+    with (
+        Progress(total, description="embedding", unit="pictures") as progress,
+        _embedding(encoder, settings) as embed_batch,
+    ):
         for name in own:
-            vectors, ids, skipped = _embed_shard(encoder, shard_set, name, transform, settings, progress)
+            vectors, ids, skipped = _embed_shard(encoder, shard_set, name, transform, embed_batch, settings, progress)
             ledger = [SkippedPicture(row, keys[row].as_py(), reason) for row, reason in skipped]
             write_block(staging, name, vectors, ids, [keys[int(row)].as_py() for row in ids], ledger)
     barrier(world)
     if world.is_first:
-        details = {
+        details: dict[str, Any] = {
             "dim": encoder.dim,
             "split": split,
             "encoder_fingerprint": encoder.fingerprint,
             "transform_fingerprint": encoder.settings.input.fingerprint,
         }
+        if encoder.whitening:
+            details["whitening"] = dump_settings(encoder.whitening.settings)
+            details["whitening_fingerprint"] = encoder.whitening.fingerprint
         locations = locations_of("shards", shard_set.folder, artifact=folder)
         manifest = Manifest(
             EMBEDDING_SET_KIND, EMBEDDING_SET_VERSION, parents, details, dump_settings(settings), locations
@@ -110,7 +124,32 @@ def embedding_identity(
         "transform": encoder.settings.input.fingerprint,
         "split": split,
         "storage": settings.storage,
+        "precision": settings.precision,
     }
+
+
+_EmbedBatch = Callable[[UInt8[Tensor, "batch 3 height width"]], Float32[Tensor, "batch dim"]]
+
+
+@contextmanager
+def _embedding(encoder: Encoder, settings: EmbedSettings) -> Iterator[_EmbedBatch]:
+    """A function that embeds a batch, with the same bits however many threads there are.
+
+    On a CPU a matrix product may be summed in another order by another number of threads, and processes that share a
+    machine have fewer each. So each thread embeds a part of the batch on its own, and the parts have a fixed size.
+    """
+    embed_part = functools.partial(embed_pixels, encoder, precision=settings.precision)
+    if encoder.mean.device.type != "cpu":
+        yield embed_part
+        return
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="embed", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield lambda pixels: torch.cat(list(pool.map(embed_part, pixels.split(_PICTURES_PER_THREAD))))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # The setting is each thread's own, but threads that are yet to start take the last one made.
+        torch.set_num_threads(num_threads)
 
 
 def _embed_shard(
@@ -118,16 +157,20 @@ def _embed_shard(
     shard_set: ShardSet,
     name: str,
     transform: EvaluationTransform,
+    embed_batch: _EmbedBatch,
     settings: EmbedSettings,
     progress: Progress,
 ) -> tuple[ndarray, Int64[ndarray, "vectors"], list[tuple[int, str]]]:
     vectors: list[Float32[ndarray, "batch dim"]] = []
     ids: list[Int64[ndarray, batch]] = []
     skipped: list[tuple[int, str]] = []
-    for batch in evaluation_batches(shard_set, name, transform, batch_size=settings.batch_size):
+    batches = evaluation_batches(
+        shard_set, name, transform, batch_size=settings.batch_size, num_threads=torch.get_num_threads()
+    )
+    for batch in batches:
         skipped.extend(batch.skipped)
         if len(batch.rows):
-            vectors.append(embed_pixels(encoder, torch.as_tensor(batch.pixels)).numpy())
+            vectors.append(embed_batch(batch.pixels).numpy())
             ids.append(np.asarray(batch.rows, np.int64))
         progress.advance(len(batch.rows) + len(batch.skipped))
     if not ids:
@@ -182,6 +225,7 @@ def _reuse(folder: Path, identity: dict[str, object]) -> EmbeddingSet:
         "transform": manifest.details["transform_fingerprint"],
         "split": manifest.details["split"],
         "storage": manifest.settings["storage"],
+        "precision": manifest.settings.get("precision", "float32"),  # sets made before there was a choice
     }
     if found != identity:
         different = [name for name in identity if found.get(name) != identity[name]]

@@ -3,6 +3,7 @@
 Vectors are plain `.npy`, ids plain Parquet, so that other programs can read them without us.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from lookalike.artifacts import Manifest, locate_parent, read_manifest, verify_files
-from lookalike.errors import DataError
+from lookalike.errors import DamagedArtifact, DataError
 
 EMBEDDING_SET_KIND = "embedding set"
 EMBEDDING_SET_VERSION = 1
@@ -70,6 +71,20 @@ class EmbeddingSet:
             row = int(np.argwhere(~np.isfinite(vectors).all(axis=1))[0, 0])
             raise DataError(f"{self.folder}: the vector of picture {self.ids[row]} holds NaN or infinity.")
         return vectors
+
+    def blocks(self) -> Iterator[tuple[Path, ndarray, Int64[ndarray, "block"]]]:
+        """Each block's file, vectors (memory-mapped, as they are stored) and ids, in order.
+
+        Raises:
+            DamagedArtifact: a block cannot be read.
+        """
+        for path in self._blocks:
+            try:
+                vectors = np.load(path, mmap_mode="r")
+                ids = pq.read_table(path.with_suffix(".parquet"))["id"].to_numpy()
+            except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+                raise DamagedArtifact(f"a block of {self.folder} cannot be read: {error}. Embed again.") from error
+            yield path, vectors, ids
 
     @cached_property
     def skipped(self) -> list[SkippedPicture]:

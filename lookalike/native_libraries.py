@@ -1,27 +1,40 @@
-"""The one place that decides the import order and the threads of torch and faiss.
+"""The one place that decides the import order and the threads of torch, faiss and numpy.
 
-Both bring their own OpenMP runtime. Loading faiss first, or letting both use every core at once, has crashed or
-slowed many programs (faiss issues 2555, 3401, 4273; pytorch issue 149201). The order here is torch, then faiss.
+The first two bring their own OpenMP runtime. Loading faiss first, or letting both use every core at once, has crashed
+or slowed many programs (faiss issues 2555, 3401, 4273; pytorch issue 149201). The order here is torch, then faiss.
 """
 
 import importlib.util
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
 from lookalike.errors import ResourceError
 
+# OpenMP keeps the number of threads for each thread that calls it.
+_thread = threading.local()
+
+
+class _Process:
+    leaves_torch_out = False
+
+
+_process = _Process()
+
 
 def set_thread_policy() -> None:
-    """Lets OpenMP threads sleep while they wait; called by every command before torch or faiss is loaded.
+    """Lets threads sleep while they wait; called by every command before numpy, torch or faiss is loaded.
 
     By default they spin. With more runnable threads than cores (loader processes, a second program) a spinning thread
-    keeps its core from the very thread it waits for: see docs/decisions/0002-waiting-threads-sleep.md. An
-    OMP_WAIT_POLICY that is set already is respected.
+    keeps its core from the very thread it waits for: see docs/decisions/0002-waiting-threads-sleep.md. The threads of
+    numpy's OpenBLAS are none of OpenMP's and spin whatever is asked for, so it gets one; large products go to torch
+    (`lookalike.products`). Variables that are set already are respected.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def num_cores() -> int:
@@ -39,8 +52,26 @@ def _cpu_quota(file: Path) -> int:
         return sys.maxsize
 
 
+def leave_torch_out() -> None:
+    """Makes this process one that searches vectors only: faiss is loaded alone, and torch cannot be any more.
+
+    Raises:
+        RuntimeError: torch is loaded already.
+    """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch is loaded already, it is too late to leave it out")
+    _process.leaves_torch_out = True
+
+
+def uses_torch() -> bool:
+    """Whether this process may load torch; see `leave_torch_out`."""
+    return not _process.leaves_torch_out
+
+
 def load_torch(*, num_threads: int | None = None) -> ModuleType:
     """Imports torch, sets its threads (all cores where None) and makes torchvision importable beside it."""
+    if not uses_torch():
+        raise RuntimeError("this process searches vectors only, and must not load torch")
     if "faiss" in sys.modules and "torch" not in sys.modules:
         raise RuntimeError("faiss was imported before torch: import both through lookalike.native_libraries")
     import torch
@@ -52,13 +83,16 @@ def load_torch(*, num_threads: int | None = None) -> ModuleType:
     return torch
 
 
-def load_faiss(*, beside_torch: bool = True, num_threads: int | None = None) -> ModuleType:
-    """Imports faiss, after torch unless the process never uses torch (a worker that searches vectors only).
+def load_faiss(*, num_threads: int | None = None) -> ModuleType:
+    """Imports faiss, after torch unless the process leaves torch out.
+
+    Args:
+        num_threads: Of what this thread of Python asks faiss to do; where None, as it was set before, or all cores.
 
     Raises:
         ResourceError: no faiss is installed.
     """
-    if beside_torch and "torch" not in sys.modules:
+    if uses_torch() and "torch" not in sys.modules:
         load_torch()
     if importlib.util.find_spec("faiss") is None:
         raise ResourceError("faiss is not installed. Install lookalike with the extra [cpu] or [gpu].")
@@ -66,5 +100,7 @@ def load_faiss(*, beside_torch: bool = True, num_threads: int | None = None) -> 
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     import faiss
 
-    faiss.omp_set_num_threads(num_threads or num_cores())
+    if num_threads or not hasattr(_thread, "has_set_faiss_threads"):
+        faiss.omp_set_num_threads(num_threads or num_cores())
+        _thread.has_set_faiss_threads = True
     return faiss

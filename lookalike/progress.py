@@ -35,9 +35,9 @@ class Progress:
         if self._prints_lines and now >= self._next_line:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             rate = (self._done - self._at_start) / (now - self._started)
-            left = (self._total - self._done) / rate if rate > 0 else float("inf")
+            left = duration((self._total - self._done) / rate) if rate > 0 else "?"
             logger.info(
-                "%s: %d/%d %s, %.1f/s, %.0f s left%s",
+                "%s: %d/%d %s, %.1f/s, %s left%s",
                 self._description,
                 self._done,
                 self._total,
@@ -60,3 +60,11 @@ def track(items: Iterable[Item], *, total: int, description: str, unit: str) -> 
         for item in items:
             yield item
             progress.advance()
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

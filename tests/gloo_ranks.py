@@ -13,12 +13,14 @@ from lookalike.collectives import process_group
 from lookalike.world import World
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "lookalike.collectives", "training.losses"])
+_context.set_forkserver_preload(
+    ["torch", "faiss", "lookalike.collectives", "training.losses", "indexing.building.build"]
+)
 
 
 def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
     """Calls `function(world, *arguments)` on every rank and returns the results in rank order."""
-    port = _free_port()
+    port = free_port()
     queue = _context.SimpleQueue()
     processes = [
         _context.Process(target=_run_rank, args=(queue, function, rank, num_ranks, port, arguments), daemon=True)
@@ -47,7 +49,7 @@ def _run_rank(queue: Any, function: Callable[..., Any], rank: int, num_ranks: in
         queue.put((rank, f"rank {rank}:\n{traceback.format_exc()}", None))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -8,9 +8,9 @@ from numpy import ndarray
 
 from evaluation.classes.pictures import RelevantRows, checked_classes, listed
 from evaluation.classes.positions import require_ks
-from evaluation.metrics import bounds, class_metrics, positions_in_list
 from evaluation.result import Section
 from lookalike.errors import DataError
+from lookalike.ranking_metrics import bounds, class_metrics, positions_in_list
 from lookalike.records import SearchHits
 
 

@@ -37,6 +37,15 @@ class Pictures:
         names = [self.names[place] for place in places.tolist()]
         return Pictures(self.vectors, self.rows[places], self.ids[places], self.labels[places], names)
 
+    def vector(self, place: int) -> Float32[ndarray, "dim"]:
+        vector: ndarray = self.vectors[self.rows[place]].astype(np.float32)
+        return vector
+
+    def largest_norm(self) -> float:
+        """Of the vectors as float32; reads them all."""
+        starts = range(0, len(self), _ROWS_AT_A_TIME)
+        return max(float(_norms(self.vectors[self.rows[start : start + _ROWS_AT_A_TIME]]).max()) for start in starts)
+
     def padded_block(
         self, start: int, buffer: Float32[ndarray, "block dim"]
     ) -> tuple[Float32[ndarray, "block dim"], int]:

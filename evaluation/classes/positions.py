@@ -3,6 +3,10 @@
 A position is the number of pictures that score higher, so no ranking is sorted and none is kept: a block of queries
 is scored against the gallery, the scores of the relevant pictures are the thresholds, and all else is compared with
 them. Memory is that of one block's scores.
+
+A matrix product rounds one pair of vectors differently at different places of the matrix. So what lies within its
+rounding of a threshold is scored again by `exact_scores`: positions depend on the vectors alone, and copies of a
+picture tie wherever they stand.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +18,8 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from evaluation.classes.pictures import Pictures
+from lookalike.exact_search import exact_scores
+from lookalike.products import product
 from lookalike.world import World
 
 # Where an irrelevant picture of exactly the same score stands: by id, behind the relevant one, or in front of it.
@@ -21,6 +27,7 @@ Ties = Literal["index", "optimistic", "pessimistic"]
 
 _BYTES_OF_SCORES = 128 << 20
 _GALLERY_ROWS = 4096
+_BYTES_OF_GATHERED_ROWS = 4 << 20
 _FEWEST_QUERIES, _MOST_QUERIES = 16, 256
 # Candidates are compared with one threshold after another; sorting them is faster from 96 thresholds on, and among few
 # candidates from one threshold per 256. Measured on 300 to 136,093 candidates.
@@ -85,6 +92,48 @@ def _count_above(
     return len(candidates) - num_up_to, len(candidates) - num_below
 
 
+def settle_near_ties(
+    scores: Float32[ndarray, "gallery"],
+    query: Float32[ndarray, "dim"],
+    gallery: Pictures,
+    relevant: Int64[ndarray, "relevant"],
+    *,
+    error: float,
+) -> None:
+    """Puts exact scores in place of those that could be on the wrong side of a relevant picture's.
+
+    Args:
+        scores: Of one query, each within `error` of the exact one; -inf stays.
+    """
+    if not len(relevant):
+        return
+    _score_exactly(scores, query, gallery, relevant)
+    thresholds = np.unique(scores[relevant]).astype(np.float64)
+    rows = np.flatnonzero(scores >= thresholds[0] - error)
+    inexact = scores[rows].astype(np.float64)
+    if len(thresholds) < _SORTED_FROM:
+        is_near = np.zeros(len(rows), bool)
+        for threshold in thresholds:
+            is_near |= np.abs(inexact - threshold) <= error
+    else:
+        first = np.searchsorted(thresholds, inexact - error, side="left")
+        is_near = first < np.searchsorted(thresholds, inexact + error, side="right")
+    _score_exactly(scores, query, gallery, rows[is_near])
+
+
+def _score_exactly(
+    scores: Float32[ndarray, "gallery"],
+    query: Float32[ndarray, "dim"],
+    gallery: Pictures,
+    places: Int64[ndarray, "chosen"],
+) -> None:
+    step = max(1, _BYTES_OF_GATHERED_ROWS // (4 * gallery.dim))
+    for start in range(0, len(places), step):
+        part = places[start : start + step]
+        vectors = gallery.vectors[gallery.rows[part]].astype(np.float32, copy=False)
+        scores[part] = exact_scores(np.broadcast_to(query, vectors.shape), vectors)
+
+
 def queries_at_a_time(num_gallery: int) -> int:
     """A power of two that keeps a block of scores within 128 MiB, but at least 16 and at most 256.
 
@@ -99,8 +148,7 @@ def score_blocks(
 ) -> Iterator[tuple[range, Float32[ndarray, "block gallery"]]]:
     """This rank's blocks of queries, as places in `queries`, and their inner products with the whole gallery.
 
-    Products have one shape, padded with zeros where pictures end, so that no score depends on how the work is
-    divided. The scores are overwritten by the next block.
+    The scores are overwritten by the next block.
     """
     size = queries_at_a_time(len(gallery))
     query_buffer = np.zeros((size, queries.dim), np.float32)
@@ -111,7 +159,7 @@ def score_blocks(
         block, num_queries = queries.padded_block(start, query_buffer)
         for column in range(0, num_columns, _GALLERY_ROWS):
             columns, _ = gallery.padded_block(column, gallery_buffer)
-            np.matmul(block, columns.T, out=scores[:, column : column + _GALLERY_ROWS])
+            scores[:, column : column + _GALLERY_ROWS] = product(block, columns.T)
         yield range(start, start + num_queries), scores[:num_queries, : len(gallery)]
 
 

@@ -1,8 +1,8 @@
 """The protocols of retrieval among pictures with classes: who searches what, and what the numbers are called.
 
 Relevant to a query are the pictures of its class. The query itself is removed by id, never by position: with copies
-in the gallery the first hit need not be the query. Scores are inner products in float32, so vectors of unit length
-give cosine similarity.
+in the gallery the first hit need not be the query. Scores are inner products, rounded to float32, so vectors of unit
+length give cosine similarity.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,16 @@ from jaxtyping import Float, Float64, Int, Int64
 from numpy import ndarray
 
 from evaluation.classes.pictures import Pictures, RelevantRows, checked_pictures, listed
-from evaluation.classes.positions import Ties, place_relevant, require_ks, score_blocks
-from evaluation.metrics import RECALL_LEVELS, class_metrics, precision_at_recall
+from evaluation.classes.positions import Ties, place_relevant, require_ks, score_blocks, settle_near_ties
 from evaluation.result import Section, mean_of_known
 from lookalike.collectives import sum_over_ranks
 from lookalike.counter_random import counter_hash
 from lookalike.encoder import available_device
 from lookalike.errors import DataError
+from lookalike.exact_search import float32_screening_error
 from lookalike.native_libraries import num_cores
 from lookalike.progress import Progress
+from lookalike.ranking_metrics import RECALL_LEVELS, class_metrics, precision_at_recall
 from lookalike.world import World
 
 _RECALL_COLUMNS = [f"precision at recall {level:.2f}" for level in RECALL_LEVELS]
@@ -181,10 +182,14 @@ def _values_of(
     relevant = RelevantRows(gallery.ids, gallery.labels, queries.ids, queries.labels)
     num_plain = len(metrics) + len(with_gap)
     values = np.zeros((len(queries), num_plain + len(RECALL_LEVELS)))
+    longest = gallery.largest_norm()
 
     def measure(query: int, scores: ndarray) -> None:
         if relevant.own[query] >= 0:
             scores[relevant.own[query]] = -np.inf
+        vector = queries.vector(query)
+        [error] = float32_screening_error(vector[None], largest_norm=longest)
+        settle_near_ties(scores, vector, gallery, relevant[query], error=error)
         placement = place_relevant(scores, gallery.ids, relevant[query])
         positions = placement.positions(ties)
         values[query, : len(metrics)] = [metric(positions) for metric in metrics.values()]

@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Float, Float32
 from numpy import ndarray
 
-from evaluation.metrics import (
+from evaluation.result import CurvePoint, Section, mean_of_known
+from evaluation.revisited.distractors import VectorList, count_distractors, num_blocks, score_blocks
+from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup, landmark_clusters
+from evaluation.revisited.rank_counts import RankCounts, TieRule
+from lookalike.errors import DataError
+from lookalike.ranking_metrics import (
     RECALL_LEVELS,
     landmark_metrics,
     measure,
     precision_at_recall,
     trapezoid_average_precision,
 )
-from evaluation.result import CurvePoint, Section, mean_of_known
-from evaluation.revisited.distractors import VectorList, count_distractors, num_blocks, score_blocks
-from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup, landmark_clusters
-from evaluation.revisited.rank_counts import RankCounts, TieRule
-from lookalike.errors import DataError
 from lookalike.world import World
 
 PRECISION_KS = (1, 5, 10)

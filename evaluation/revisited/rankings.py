@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from evaluation.metrics import Metric, bounds, landmark_metrics, positions_in_list
 from evaluation.result import Section
 from evaluation.revisited.evaluate import PRECISION_KS, RevisitedOutcome
 from evaluation.revisited.ground_truth import SETUPS, GroundTruth, QueryLabels, Setup, landmark_clusters
 from lookalike.errors import DataError
+from lookalike.ranking_metrics import Metric, bounds, landmark_metrics, positions_in_list
 
 
 def evaluate_rankings(

@@ -93,6 +93,18 @@ def test_nearest_classes_are_those_of_a_plain_search(monkeypatch):
     assert nearest_classes(centroids[:3], 5).shape == (3, 2)
 
 
+@given(st.integers(2, 40), st.integers(1, 45), st.integers(0, 1000))
+@settings(max_examples=60)
+def test_nearest_classes_are_those_of_a_stable_sort_where_many_are_equally_near(num_classes, k, seed):
+    """Axes of two dimensions: similarities of -1, 0 and 1 alone, and a few classes without a direction."""
+    axes = np.array([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 0]], dtype=np.float64)
+    centroids = axes[np.random.default_rng(seed).integers(0, len(axes), num_classes)]
+    similarities = centroids @ centroids.T
+    np.fill_diagonal(similarities, -np.inf)
+    expected = np.argsort(-similarities, axis=1, kind="stable")[:, : min(k, num_classes - 1)]
+    np.testing.assert_array_equal(nearest_classes(centroids, k), expected)
+
+
 def test_groups_must_fill_batches():
     with pytest.raises(ValueError, match="must divide"):
         HardClassBatches(

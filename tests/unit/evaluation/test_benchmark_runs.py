@@ -25,15 +25,16 @@ from evaluation.outputs import Outputs
 from evaluation.result import Result, read_result
 from evaluation.run import RunOptions, evaluate_run
 from evaluation.url import UrlOptions, evaluate_url
-from indexing.build import build_index
+from indexing.building.build import build_index
 from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.settings import IndexSettings
+from indexing.sources.embeddings import EmbeddingSource
 from lookalike.encoder import Encoder, create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.errors import ArtifactError, DataError, ManifestMismatch, ResourceError, SettingsError
 from serving.app import create_app
-from serving.query_engine import QueryEngine
+from serving.engine.query_engine import QueryEngine
 from serving.settings import ServingSettings
 from tests.drawn_pictures import draw_class_folders, draw_picture
 
@@ -70,7 +71,7 @@ def run(benchmark: object, encoder: Encoder, shards: Path, options: RunOptions, 
 
 
 def index_of(embeddings: Path, folder: Path, index_type: str = "Flat") -> Path:
-    build_index(EmbeddingSet.open(embeddings), folder, IndexSettings(type=index_type))
+    build_index(EmbeddingSource.open(embeddings), folder, IndexSettings(type=index_type))
     return folder
 
 

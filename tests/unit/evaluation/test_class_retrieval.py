@@ -12,12 +12,12 @@ from evaluation.classes import positions as positions_module
 from evaluation.classes.given_rankings import judge_rankings, recall_against_exact
 from evaluation.classes.mutual_information import normalized_mutual_information
 from evaluation.classes.pictures import checked_pictures
-from evaluation.classes.positions import Ties, place_relevant, queries_at_a_time
+from evaluation.classes.positions import Ties, place_relevant, queries_at_a_time, settle_near_ties
 from evaluation.classes.protocols import leave_one_out, query_gallery, random_gallery
-from evaluation.metrics import precision_at_recall
 from evaluation.result import Section
 from lookalike.errors import DataError, ResourceError
-from lookalike.exact_search import exact_search
+from lookalike.exact_search import exact_scores, exact_search
+from lookalike.ranking_metrics import precision_at_recall
 
 KS = (1, 2, 5)
 
@@ -131,6 +131,24 @@ def test_positions_are_those_of_a_sort_however_many_are_relevant(num_relevant: i
     placement = place_relevant(scores.copy(), ids, relevant)
     for ties, order in rules.items():
         np.testing.assert_array_equal(placement.positions(ties), np.flatnonzero(is_relevant[order]), err_msg=ties)
+
+
+@pytest.mark.parametrize("num_relevant", [1, 5, 150])
+def test_how_a_product_rounds_moves_no_position(num_relevant: int) -> None:
+    """Scores anywhere within the error give the placement of the exact ones: among copies, which must tie, too."""
+    vectors, ids, labels = clustered([500], dim=12, noise=0.5)
+    vectors[250:] = vectors[:250]
+    gallery = checked_pictures("gallery", vectors, ids, labels)
+    generator, error = np.random.default_rng(num_relevant), 1e-3
+    relevant = generator.choice(len(ids), num_relevant, replace=False)
+    exact = exact_scores(np.repeat(vectors[:1], len(ids), axis=0), vectors)
+    exact[7] = -np.inf
+    expected = place_relevant(exact.copy(), ids, relevant)
+    scores = exact + generator.uniform(-0.99 * error, 0.99 * error, len(ids)).astype(np.float32)
+    settle_near_ties(scores, vectors[0], gallery, relevant[relevant != 7], error=error)
+    found = place_relevant(scores, ids, relevant)
+    for name in ("num_above", "num_tied", "num_tied_before"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
 def test_dropping_the_first_hit_is_wrong_where_the_gallery_holds_copies() -> None:

@@ -10,8 +10,9 @@ from data_pipelines.shard_set import ShardSet
 from evaluation.compare import compare
 from evaluation.embedding_sets import SECTION, evaluate_embedding_sets
 from evaluation.result import read_result
-from indexing.build import build_index
+from indexing.building.build import build_index
 from indexing.embed import embed_shards
+from indexing.sources.embeddings import EmbeddingSource
 from lookalike.artifacts import read_manifest, verify_files
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
@@ -27,7 +28,7 @@ def folders(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             encoder = create_encoder(EncoderSettings(backbone="resnet10t", input=InputSettings(size=32)))
             embed_shards(encoder, shard_set, base / name, split="test")
         train_set = embed_shards(encoder, shard_set, base / "train", split="train")
-        build_index(train_set, base / "train_index")
+        build_index(EmbeddingSource(train_set), base / "train_index")
     return {name: base / name for name in ("first", "second", "train", "train_index")}
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from evaluation.benchmarks import BENCHMARKS, ClassBenchmark
 from evaluation.bootstrap import bootstrap_mean
 from evaluation.compare import compare_results, open_result
-from evaluation.metrics import class_metrics, landmark_metrics
 from evaluation.reporting.folder import read_baselines, read_report, write_report
 from evaluation.reporting.headlines import Column, Row, Value
 from evaluation.reporting.published import published_benchmark, published_benchmarks, published_rows
@@ -25,6 +24,7 @@ from evaluation.reporting.values import ConfusingPicture, Contender, Gallery, Pr
 from evaluation.result import CurvePoint, Result, Section
 from lookalike.artifacts import Manifest, publishing, read_manifest, verify_files, write_manifest
 from lookalike.errors import ArtifactError, ManifestMismatch
+from lookalike.ranking_metrics import class_metrics, landmark_metrics
 
 HOSTILE = '<script>alert("1")</script> & $x_1$ | \\ % {~^} \' onerror="x" https://example.org/x.png'
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from sklearn.metrics import average_precision_score
 
-from evaluation.metrics import average_precision, landmark_precision_at_k, trapezoid_average_precision
 from evaluation.revisited import distractors as distractors_module
 from evaluation.revisited import nearest as nearest_module
 from evaluation.revisited.evaluate import RevisitedOutcome, curve_points, evaluate_descriptors, summarise_counts
@@ -27,6 +26,7 @@ from evaluation.revisited.nearest import nearest
 from evaluation.revisited.rank_counts import RankCounts, TieRule
 from evaluation.revisited.rankings import evaluate_rankings
 from lookalike.errors import DataError
+from lookalike.ranking_metrics import average_precision, landmark_precision_at_k, trapezoid_average_precision
 from lookalike.world import World
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "revisited"

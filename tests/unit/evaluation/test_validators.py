@@ -12,7 +12,6 @@ from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
 from evaluation import validators
-from evaluation.metrics import landmark_metrics, measure
 from evaluation.record import PictureCounts
 from evaluation.result import Result, Section, result_tree
 from evaluation.revisited.ground_truth import SETUPS, GroundTruth, Setup, load_ground_truth
@@ -32,6 +31,7 @@ from evaluation.validators import (
     training_overlap,
 )
 from lookalike.errors import DataError
+from lookalike.ranking_metrics import landmark_metrics, measure
 from tests.drawn_pictures import draw_class_folders
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "revisited"

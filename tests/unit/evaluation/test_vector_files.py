@@ -9,7 +9,7 @@ from scipy.io import savemat
 
 from data_pipelines.shard_set import ShardSet
 from evaluation.vector_files import load_ids, load_labels, load_vector_parts, load_vectors, provenance
-from indexing.build import build_index
+from indexing.building.build import build_index
 from indexing.embed import embed_shards
 from indexing.embedding_set import (
     EMBEDDING_SET_KIND,
@@ -19,6 +19,7 @@ from indexing.embedding_set import (
     write_block,
 )
 from indexing.settings import EmbedSettings
+from indexing.sources.embeddings import EmbeddingSource
 from lookalike.artifacts import Manifest, file_sha256, write_manifest
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
@@ -130,7 +131,7 @@ def test_a_block_without_its_ids_is_named(tmp_path: Path) -> None:
 
 
 def test_an_index_gives_its_stored_vectors_by_id(embeddings: EmbeddingSet, tmp_path: Path) -> None:
-    index = build_index(embeddings, tmp_path / "index")
+    index = build_index(EmbeddingSource(embeddings), tmp_path / "index")
     [vectors] = load_vector_parts(tmp_path / "index")
     np.testing.assert_array_equal(vectors, embeddings.vectors()[np.argsort(embeddings.ids)])
     np.testing.assert_array_equal(load_ids(tmp_path / "index"), np.sort(embeddings.ids))

@@ -1,5 +1,8 @@
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,14 @@ from data_pipelines.decode import decode_image
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import EvaluationTransform
 from indexing import embed as embed_module
+from indexing import embedding_set as embedding_set_module
+from indexing.__main__ import main
 from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.settings import EmbedSettings
-from lookalike.encoder import Encoder, create_encoder, embed_pixels
-from lookalike.encoder_settings import EncoderSettings, InputSettings
+from indexing.whiten import whitened_encoder
+from lookalike.encoder import Encoder, create_encoder, embed_pixels, load_encoder, save_encoder
+from lookalike.encoder_settings import EncoderSettings, InputSettings, WhiteningSettings
 from lookalike.errors import ArtifactError, ChecksumMismatch, DataError
 from lookalike.world import World
 from tests.unit.data_pipelines.small_shards import write_class_folders, write_small_shards
@@ -105,6 +111,43 @@ def test_a_rerun_continues_and_ends_with_the_same_bytes(
     assert not embed_module.staging_folder(tmp_path / "resumed").exists()
 
 
+def embed_until_killed_inside_the_third_block(shards_folder: Path, encoder_folder: Path, folder: Path) -> None:
+    original, num_tables = embedding_set_module.pq.write_table, 0
+
+    def write_table(*arguments: object) -> None:
+        nonlocal num_tables
+        num_tables += 1
+        if num_tables == 5:  # a block has two
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*arguments)
+
+    embedding_set_module.pq.write_table = write_table
+    with ShardSet.open(shards_folder) as shard_set:
+        embed_shards(load_encoder(encoder_folder), shard_set, folder)
+
+
+def test_a_killed_process_is_continued_to_the_same_bytes(encoder: Encoder, shards_folder: Path, tmp_path: Path) -> None:
+    save_encoder(encoder, tmp_path / "encoder")
+    folder = tmp_path / "e"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=embed_until_killed_inside_the_third_block, args=(shards_folder, tmp_path / "encoder", folder)
+    )
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not folder.exists()
+    finished = sorted((embed_module.staging_folder(folder) / "blocks").glob("*.skipped.parquet"))
+    assert len(finished) == 2
+    with ShardSet.open(shards_folder) as shard_set:
+        write, kept = embed_module.write_block, []
+        whole = embed_shards(encoder, shard_set, tmp_path / "whole")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embed_module, "write_block", lambda *block: (kept.append(block[1]), write(*block)))
+            resumed = embed_shards(load_encoder(tmp_path / "encoder"), shard_set, folder)
+        assert len(kept) == len(shard_set.shard_names) - len(finished)
+    assert resumed.fingerprint == whole.fingerprint
+
+
 def test_a_finished_set_is_reused_and_another_one_is_refused(
     encoder: Encoder, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +189,91 @@ def test_half_precision_halves_the_file_and_reads_as_float32(
     half = embed_shards(encoder, shard_set, tmp_path / "half", split="test", settings=EmbedSettings(storage="float16"))
     assert half.vectors().dtype == np.float32
     np.testing.assert_allclose(half.vectors(), full.vectors(), atol=1e-3)
+
+
+def test_threads_decide_nothing(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
+    """Processes that share a machine have fewer threads each, and products may be summed in another order by them."""
+    before = torch.get_num_threads()
+    try:
+        found = set()
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            # Batches that do not divide evenly are what differs.
+            settings = EmbedSettings(batch_size=11)
+            embeddings = embed_shards(encoder, shard_set, tmp_path / f"{num_threads}", settings=settings)
+            found.add(embeddings.vectors().tobytes())
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+def test_bfloat16_is_another_set_whose_vectors_are_near(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:
+    full = embed_shards(encoder, shard_set, tmp_path / "full", split="test")
+    coarse = EmbedSettings(precision="bfloat16")
+    near = embed_shards(encoder, shard_set, tmp_path / "near", split="test", settings=coarse)
+    assert near.manifest.settings["precision"] == "bfloat16"
+    cosines = (near.vectors() * full.vectors()).sum(axis=1)
+    # bfloat16 keeps 8 bits, so each of some ten layers adds an error of up to 2^-8 to vectors of unit length.
+    assert 1 - (10 * 2**-8) ** 2 < cosines.min() < 1 - 1e-7
+    with pytest.raises(ArtifactError, match="another precision"):
+        embed_shards(encoder, shard_set, tmp_path / "near", split="test")
+
+
+def test_a_set_made_before_there_was_a_precision_is_reused(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path
+) -> None:
+    first = embed_shards(encoder, shard_set, tmp_path / "e", split="test")
+    manifest = tmp_path / "e" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    del tree["settings"]["precision"]
+    manifest.write_text(json.dumps(tree))
+    assert embed_shards(encoder, shard_set, tmp_path / "e", split="test").fingerprint == first.fingerprint
+
+
+def test_a_whitened_encoder_embeds_whitened_vectors_and_says_so(
+    encoder: Encoder, shard_set: ShardSet, tmp_path: Path
+) -> None:
+    plain = embed_shards(encoder, shard_set, tmp_path / "plain", split="train")
+    whitened = whitened_encoder(plain, WhiteningSettings(dim=5, shrinkage=0.1))
+    assert whitened.whitening is not None
+    embeddings = embed_shards(whitened, shard_set, tmp_path / "whitened", split="train")
+    assert embeddings.dim == embeddings.vectors().shape[1] == 5
+    expected = whitened.whitening(torch.from_numpy(plain.vectors())).numpy()
+    np.testing.assert_allclose(embeddings.vectors(), expected, atol=1e-5)
+    details = embeddings.manifest.details
+    assert details["whitening"] == {"method": "pca", "dim": 5, "shrinkage": 0.1, "power": 0.5}
+    assert details["whitening_fingerprint"] == whitened.whitening.fingerprint
+    assert "whitening" not in plain.manifest.details
+    # What travels with the vectors is the encoder that queries need.
+    assert load_encoder(embeddings.folder / "encoder").fingerprint == details["encoder_fingerprint"]
+    with pytest.raises(ArtifactError, match="another encoder"):
+        embed_shards(encoder, shard_set, tmp_path / "whitened", split="train")
+
+
+def test_the_command_takes_settings_of_the_step_and_of_the_input(
+    encoder: Encoder, shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_encoder(encoder, tmp_path / "encoder")
+    options = ["--encoder", str(tmp_path / "encoder"), "--split", "test", "--input", "max_side=40", "--json"]
+    options += ["--input", "scales=[1, 0.5]", "--out", str(tmp_path / "e")]
+    with pytest.raises(SystemExit) as stop:
+        main(["embed", str(shards_folder), "precision=bfloat16", "storage=float16", *options])
+    assert not stop.value.code
+    embeddings = EmbeddingSet.open(tmp_path / "e")
+    assert json.loads(capsys.readouterr().out)["vectors"] == len(embeddings.ids)
+    assert embeddings.manifest.settings == {"batch_size": 64, "precision": "bfloat16", "storage": "float16"}
+    stored = load_encoder(tmp_path / "e" / "encoder")
+    assert stored.settings.input == InputSettings(size=32, max_side=40, scales=(1.0, 0.5))
+    assert stored.fingerprint == embeddings.manifest.parents["encoder"] != encoder.fingerprint
+    with pytest.raises(SystemExit) as stop:
+        main(["embed", str(shards_folder), "precision=float8", *options])
+    assert stop.value.code == 2
+    assert "precision" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["embed", str(shards_folder), "--image-size", "64", *options])
+    assert stop.value.code == 2
+    assert "--image-size belongs to --pretrained" in capsys.readouterr().err
 
 
 def test_an_empty_split_and_damaged_blocks_are_named(encoder: Encoder, shard_set: ShardSet, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import inspect
 import io
 import json
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -22,7 +24,7 @@ from data_pipelines.decode import decode_image
 from lookalike.api_client import ApiClient, ApiClientSettings, ApiProblem, AsyncApiClient
 from lookalike.errors import ResourceError
 from serving.app import create_app
-from serving.query_engine import QueryEngine
+from serving.engine.query_engine import QueryEngine
 from serving.settings import ServingSettings
 from tests.unit.serving.small_index import SmallIndex, make_small_index
 
@@ -32,7 +34,15 @@ Handler = Callable[[httpx2.Request], httpx2.Response]
 Question = Callable[[Any], Any]
 both = pytest.mark.parametrize("kind", [ApiClient, AsyncApiClient])
 
-ITEM = {"id": 7, "key": "disc/gold", "class_name": None, "width": 96, "height": 64, "image_url": None}
+ITEM = {
+    "id": 7,
+    "key": "disc/gold",
+    "class_name": None,
+    "width": 96,
+    "height": 64,
+    "metadata": {"price": 1.5},
+    "image_url": None,
+}
 SEARCH_ANSWER = {
     "request_id": "r1",
     "index_version": "v0001",
@@ -134,9 +144,11 @@ def test_a_real_server_is_understood_in_every_method(kind: type, server_url: str
     info = asked(lambda client: client.info())
     raw = told("/v1/info")
     assert (info.num_vectors, info.limits.max_k, info.versions) == (24, raw["limits"]["max_k"], raw["versions"])
-    assert [point.recall_at_10 for point in info.recall_curve] == [p["recall_at_10"] for p in raw["recall_curve"]]
+    assert [point.recall for point in info.recall_curve] == [point["recall"] for point in raw["recall_curve"]]
+    assert asdict(info.default_effort) == raw["default_effort"]
+    assert info.metadata_columns == ("key", "class_name", "label", "split", "width", "height")
 
-    items = asked(lambda client: client.items(5, seed=3))
+    items = asked(lambda client: client.random_items(5, seed=3))
     assert [item.key for item in items] == [item["key"] for item in told("/v1/items?sample=5&seed=3")["items"]]
     first = items[0]
     assert asked(lambda client: client.item(first.id)) == first
@@ -150,6 +162,17 @@ def test_a_real_server_is_understood_in_every_method(kind: type, server_url: str
     by_id = asked(lambda client: client.search(id=first.id, k=3, include_self=True))
     assert [hit.id for hit in by_id.hits] == [hit.id for hit in found.hits]
     assert first.id not in [hit.id for hit in asked(lambda client: client.search(id=first.id)).hits]
+
+    condition = {"column": "class_name", "equals": first.class_name}
+    for method in ("diffusion", {"name": "k_reciprocal", "num_neighbours": 3}):
+        answers = [
+            asked(lambda client, query=query, method=method: client.search(**query, filter=condition, rerank=method))
+            for query in ({"image": file.read_bytes()}, {"id": first.id, "include_self": True})
+        ]
+        assert [hit.id for hit in answers[0].hits] == [hit.id for hit in answers[1].hits]
+        assert {hit.class_name for hit in answers[0].hits} == {first.class_name}
+        assert "rerank" in answers[0].timings_ms
+    assert asked(lambda client: client.search(file.read_bytes(), k=3, recall=0.9)).hits == found.hits
 
 
 @both
@@ -167,10 +190,13 @@ def test_a_region_is_searched_as_its_own_picture(kind: type, server_url: str, sm
 def test_a_vector_arrives_to_the_last_bit(kind: type) -> None:
     vector = np.random.default_rng(0).normal(size=64).astype(np.float32)
     script = Script(httpx2.Response(200, json=SEARCH_ANSWER))
-    ask(kind, lambda client: client.search(vector=vector, k=5, exact=True), script)
+    ask(kind, lambda client: client.search(vector=vector, k=5, exact=True, rerank="diffusion"), script)
     sent = json.loads(script.requests[0].content)
-    np.testing.assert_array_equal(np.array(sent.pop("vector")), vector.astype(np.float64))
-    assert sent == {"k": 5, "exact": True}
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(sent.pop("vector")), "<f4"), vector)
+    assert sent == {"k": 5, "exact": True, "rerank": "diffusion"}
+    script.requests.clear()
+    ask(kind, lambda client: client.search(vector=vector.astype(np.float64) / 3), script)
+    np.testing.assert_array_equal(json.loads(script.requests[0].content)["vector"], vector.astype(np.float64) / 3)
 
 
 @both
@@ -344,11 +370,11 @@ class TestPatience:
 @pytest.mark.parametrize(
     ("query", "error"),
     [
-        ({}, "exactly one of image, id and vector; found none"),
+        ({}, "exactly one of image, url, id, vector and parts; found none"),
         ({"id": 1, "vector": [1.0]}, "found id and vector"),
         ({"vector": [1.0, float("nan")]}, "vector holds NaN or infinity"),
         ({"image": b"a", "roi": (0, 0, float("inf"), 1)}, "roi holds NaN or infinity"),
-        ({"id": 1, "roi": (0, 0, 1, 1)}, "roi has a meaning only with image"),
+        ({"id": 1, "roi": (0, 0, 1, 1)}, "roi has a meaning only with image or url"),
         ({"image": b"a", "include_self": True}, "include_self has a meaning only with id"),
     ],
 )
@@ -378,7 +404,7 @@ def test_both_clients_offer_the_same() -> None:
         return {name: str(inspect.signature(method)) for name, method in methods.items()}
 
     assert offered(ApiClient) == offered(AsyncApiClient)
-    assert list(offered(ApiClient)) == ["info", "search", "item", "items", "item_image", "is_ready"]
+    assert {"search", "search_batch", "add", "replace", "delete", "swap"} <= offered(ApiClient).keys()
 
 
 def test_the_client_loads_neither_torch_nor_the_web_framework() -> None:

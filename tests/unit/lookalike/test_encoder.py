@@ -9,9 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lookalike.encoder import GeneralisedMean, create_encoder, embed_pixels, load_encoder, save_encoder
+from lookalike.artifacts import fingerprint
+from lookalike.encoder import (
+    GeneralisedMean,
+    create_encoder,
+    create_pretrained_encoder,
+    embed_pixels,
+    load_encoder,
+    save_encoder,
+    with_input,
+)
 from lookalike.encoder_settings import EncoderSettings, FileWeights, InputSettings, PackageWeights
 from lookalike.errors import ArtifactError, ChecksumMismatch, SettingsError
+from lookalike.settings import dump_settings
 
 SMALL = EncoderSettings(backbone="resnet10t", projection_dim=8, input=InputSettings(size=32))
 
@@ -62,6 +72,92 @@ def test_at_several_scales_the_embedding_is_the_mean_at_unit_length() -> None:
     torch.testing.assert_close(embed_pixels(encoder, pictures.permute(0, 3, 1, 2)), expected, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("scale_pooling", ["gem", "signed_gem"])
+def test_other_poolings_over_scales_follow_their_formula(scale_pooling: str) -> None:
+    has_projection = scale_pooling == "signed_gem"
+    settings = EncoderSettings(
+        backbone="resnet10t",
+        pooling="gem",
+        projection_dim=8 if has_projection else None,
+        input=InputSettings(size=32, scales=(0.5, 1.0, 1.5), scale_pooling=scale_pooling),
+    )
+    encoder = create_encoder(settings)
+    assert encoder.pool is not None
+    power = 3.0
+    if scale_pooling == "gem":
+        power = 2.5
+        with torch.no_grad():
+            encoder.pool.power.fill_(power)
+    per_scale = []
+    for scale in settings.input.scales:
+        single = create_encoder(settings.model_copy(update={"input": InputSettings(size=32)}))
+        single.load_state_dict(encoder.state_dict())
+        side = round(32 * scale)
+        # As Pillow's bilinear filter: antialiased.
+        resized = torch.nn.functional.interpolate(pixels().float(), (side, side), mode="bilinear", antialias=True)
+        per_scale.append(embed_pixels(single, resized.round().clamp(0, 255).to(torch.uint8)).double().numpy())
+    raised = np.mean([np.sign(v) * np.abs(v) ** power for v in per_scale], axis=0)
+    rooted = np.sign(raised) * np.abs(raised) ** (1 / power)
+    expected = rooted / np.linalg.norm(rooted, axis=1, keepdims=True)
+    np.testing.assert_allclose(embed_pixels(encoder, pixels()).numpy(), expected, atol=1e-5)
+    assert (expected < 0).any() == has_projection
+    # It is another embedding than the mean's.
+    mean = np.mean(per_scale, axis=0)
+    assert np.abs(mean / np.linalg.norm(mean, axis=1, keepdims=True) - expected).max() > 1e-3
+
+
+def test_another_input_shares_the_weights_and_is_another_encoder() -> None:
+    encoder = create_encoder(SMALL)
+    changed = with_input(encoder, ["max_side=40", "scales=[1, 0.5]"])
+    assert changed.settings.input == InputSettings(size=32, max_side=40, scales=(1.0, 0.5))
+    assert next(changed.parameters()) is next(encoder.parameters())
+    assert changed.fingerprint != encoder.fingerprint
+    assert encoder.settings == SMALL
+    both = [embed_pixels(with_input(encoder, [f"scales=[{scale}]"]), pixels()) for scale in (1, 0.5)]
+    torch.testing.assert_close(
+        embed_pixels(changed, pixels()), torch.nn.functional.normalize(both[0] + both[1], dim=1), atol=1e-6, rtol=0
+    )
+    assert with_input(encoder, []) is encoder
+    with pytest.raises(SettingsError, match=r"max_side: there is no such setting|did you mean max_side"):
+        with_input(encoder, ["max_sides=40"])
+    fixed = create_encoder(EncoderSettings(backbone="vit_tiny_patch16_224", input=InputSettings(size=224)))
+    with pytest.raises(SettingsError, match="does not take pictures of"):
+        with_input(fixed, ["max_side=320"])
+
+
+def test_a_pooling_over_scales_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no effect at one scale"):
+        InputSettings(scale_pooling="signed_gem")
+    several = InputSettings(scales=(1.0, 0.5), scale_pooling="gem")
+    for changes in ({"pooling": "average"}, {"pooling": "gem", "projection_dim": 8}):
+        with pytest.raises(ValueError, match="signed_gem and mean do without"):
+            EncoderSettings(backbone="resnet10t", input=several, **changes)
+
+
+def test_settings_that_are_not_used_leave_fingerprints_as_they_were() -> None:
+    """Of encoders and transforms stored before these settings existed. To renew after a change of TRANSFORM_VERSION:
+    print the values."""
+    assert InputSettings().fingerprint.startswith("6d1ba9df7a9b")
+    assert (
+        InputSettings(max_side=1024, scales=(1.0, 0.5)).fingerprint
+        == "9227d03d0a4dbc2037ef5f8ed40b02ca2e4faf45d427673e18e6f4e63ddf172a"
+    )
+    assert (
+        fingerprint(dump_settings(EncoderSettings(backbone="resnet50")))
+        == "8868724508319cbe945824dd634370e2b7ae14b5d219c777ad13db6c84bc34cb"
+    )
+
+
+def test_bfloat16_loses_little() -> None:
+    encoder = create_encoder(SMALL)
+    full, coarse = embed_pixels(encoder, pixels(16)), embed_pixels(encoder, pixels(16), precision="bfloat16")
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse.norm(dim=1), torch.ones(16))
+    assert not torch.equal(full, coarse)
+    # bfloat16 keeps 8 bits, so each of some ten layers adds an error of up to 2^-8 to vectors of unit length.
+    assert float((full * coarse).sum(dim=1).min()) > 1 - (10 * 2**-8) ** 2
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     save_encoder(create_encoder(SMALL), tmp_path / "encoder")
     file = tmp_path / "encoder" / "encoder.safetensors"
@@ -109,6 +205,11 @@ def test_package_weights_land_in_the_layers_they_were_trained_for() -> None:
 def test_an_unknown_backbone_names_its_neighbours() -> None:
     with pytest.raises(SettingsError, match="resnet10t"):
         create_encoder(EncoderSettings(backbone="resnet10x"))
+    with pytest.raises(SettingsError, match="nosuch"):
+        create_encoder(EncoderSettings(backbone="resnet10t.nosuch"))
+    for name in ("resnet10x", "resnet10t.nosuch"):
+        with pytest.raises(SettingsError, match=f"no pretrained weights for '{name}'"):
+            create_pretrained_encoder(name, image_size=32)
 
 
 def test_generalised_mean_lies_between_mean_and_maximum() -> None:

@@ -1,43 +1,60 @@
+"""The metrics by hand; tests/unit/evaluation holds them against other programs and brute force."""
+
 import numpy as np
 import pytest
 
-from lookalike.ranking_metrics import average_precision_at_r, hit_rate_at_k, recall_at_k, relevance_of_ranking
+from lookalike.ranking_metrics import (
+    average_precision,
+    average_precision_at_r,
+    bounds,
+    class_metrics,
+    hit_rate_at_k,
+    landmark_metrics,
+    measure,
+    positions_in_list,
+    r_precision,
+    recall_at_k,
+    rs_target_at_k,
+    with_missing_last,
+)
 
-# Two queries by hand: ranks of relevant images are {1, 3} of 3 relevant, and {2} of 1 relevant.
-RANKED = np.array([[5, 9, 6, 8], [1, 2, 3, -1]])
-RELEVANT = [np.array([5, 6, 7]), np.array([2])]
-NUM_RELEVANT = np.array([3, 1])
+# Of three relevant pictures the first stands at the top, the second at place 3, the last far behind.
+POSITIONS = np.array([0, 2, 9])
 
 
 def test_metrics_equal_the_hand_computed_values() -> None:
-    relevance = relevance_of_ranking(RANKED, RELEVANT)
-    np.testing.assert_array_equal(relevance, [[1, 0, 1, 0], [0, 1, 0, 0]])
-    np.testing.assert_array_equal(hit_rate_at_k(relevance, 1), [1, 0])
-    np.testing.assert_array_equal(hit_rate_at_k(relevance, 2), [1, 1])
-    np.testing.assert_allclose(recall_at_k(relevance, NUM_RELEVANT, 2), [1 / 3, 1])
-    # Query 0: R = 3, precision 1/1 at position 1 and 2/3 at position 3, over 3. Query 1: R = 1, position 1 is wrong.
-    np.testing.assert_allclose(average_precision_at_r(relevance, NUM_RELEVANT), [(1 + 2 / 3) / 3, 0])
+    assert [hit_rate_at_k(POSITIONS, k) for k in (1, 2)] == [1, 1]
+    assert [hit_rate_at_k(np.array([1]), k) for k in (1, 2)] == [0, 1]
+    assert recall_at_k(POSITIONS, 3) == pytest.approx(2 / 3)
+    assert rs_target_at_k(POSITIONS, 2) == pytest.approx(1 / 2)
+    assert r_precision(POSITIONS) == pytest.approx(2 / 3)
+    # Precision 1/1 at place 1 and 2/3 at place 3; the last one is beyond R = 3.
+    assert average_precision_at_r(POSITIONS) == pytest.approx((1 + 2 / 3) / 3)
+    assert average_precision(POSITIONS) == pytest.approx((1 + 2 / 3 + 3 / 10) / 3)
 
 
-def test_a_perfect_ranking_scores_one_and_padding_is_never_relevant() -> None:
-    relevance = relevance_of_ranking(np.array([[7, 5, 6, -1]]), [np.array([5, 6, 7, -1])])
-    np.testing.assert_array_equal(relevance, [[1, 1, 1, 0]])
-    assert average_precision_at_r(relevance, np.array([3])) == 1
+def test_a_perfect_ranking_scores_one_and_nothing_relevant_has_no_value() -> None:
+    metrics = {**class_metrics((1, 2)), **landmark_metrics((1, 2))}
+    perfect, nothing = np.arange(2), np.zeros(0, np.int64)
+    values = measure(metrics, [perfect, nothing])
+    for name, (best, none) in values.items():
+        assert best == (0.5 if name in ("recall@1", "mr@1") else 1), name
+        assert np.isnan(none), name
 
 
-def test_a_query_without_relevant_images_has_no_value() -> None:
-    relevance = relevance_of_ranking(np.array([[1, 2]]), [np.zeros(0, np.int64)])
-    assert np.isnan(recall_at_k(relevance, np.array([0]), 1)).all()
-    assert np.isnan(average_precision_at_r(relevance, np.array([0]))).all()
-
-
-def test_rankings_that_cannot_be_judged_are_refused() -> None:
+def test_a_list_gives_positions_without_what_is_ignored() -> None:
+    found, depth = positions_in_list(np.array([5, 9, 6, 8, -1]), np.array([6, 7, 8]), np.array([9]))
+    assert (found.tolist(), depth) == ([1, 2], 3)
     with pytest.raises(ValueError, match="twice"):
-        relevance_of_ranking(np.array([[1, 1]]), [np.array([1])])
-    with pytest.raises(ValueError, match="2 rankings but 1"):
-        relevance_of_ranking(RANKED, RELEVANT[:1])
-    relevance = relevance_of_ranking(RANKED, RELEVANT)
-    with pytest.raises(ValueError, match="needs the first 5"):
-        hit_rate_at_k(relevance, 5)
-    with pytest.raises(ValueError, match="needs the first 9"):
-        average_precision_at_r(relevance, np.array([9, 1]))
+        positions_in_list(np.array([1, 1]), np.array([1]), np.zeros(0, np.int64))
+
+
+def test_a_short_list_bounds_a_metric_from_the_worst_ending_to_the_best() -> None:
+    found = np.array([0])
+    assert with_missing_last(found, num_relevant=3, num_ranked=10).tolist() == [0, 8, 9]
+    assert with_missing_last(np.arange(3), num_relevant=3, num_ranked=3).tolist() == [0, 1, 2]
+    least, greatest = bounds(average_precision, found, num_relevant=3, depth=2, num_ranked=10)
+    assert least == average_precision(np.array([0, 8, 9]))
+    assert greatest == average_precision(np.array([0, 2, 3]))
+    with pytest.raises(ValueError, match="cannot come from"):
+        bounds(average_precision, found, num_relevant=3, depth=2, num_ranked=3)

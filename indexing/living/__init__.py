@@ -1,0 +1,1 @@
+"""A published index that takes additions and deletions while it serves."""

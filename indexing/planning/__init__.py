@@ -1,0 +1,1 @@
+"""Recall, memory and latency wanted -> the index type that delivers them."""

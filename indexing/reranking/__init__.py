@@ -1,0 +1,1 @@
+"""Second looks at the hits of a search, one file per method."""
