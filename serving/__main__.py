@@ -1,6 +1,7 @@
-"""Command: serve."""
+"""Commands: serve; serve keys ..."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ import typer
 
 from lookalike.console import new_app, print_result, run_command
 from lookalike.errors import SettingsError
-from lookalike.settings import load_settings, validate_settings
+from lookalike.settings import apply_overrides, load_settings, validate_settings
+from serving.safety.key_commands import keys_app
 from serving.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -28,15 +30,35 @@ def serve(
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default=str(_DEFAULTS["port"]))
     ] = None,
     shards: Annotated[Path | None, typer.Option(help="Shards of the pictures, if they have moved.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the port.", show_default=str(_DEFAULTS["num_processes"])),
+    ] = None,
+    vectors_only: Annotated[
+        bool, typer.Option("--vectors-only", help="Serve without the encoder: no search by new pictures, no torch.")
+    ] = False,
     settings_file: Annotated[
         Path | None, typer.Option("--settings", help="YAML file with these and more settings; options win over it.")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, made by `serve keys add`; clients then need one.")
+    ] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="Let everyone in who reaches --host, also from other machines.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once the server listens.")] = False,
 ) -> None:
-    """Serve an index over HTTP until Ctrl-C, with a search page at /."""
-    options = {"index": index, "host": host, "port": port, "shards": shards}
+    """Serve an index over HTTP until Ctrl-C, with a search page at /. `serve keys` makes and removes API keys."""
+    options = {"index": index, "host": host, "port": port, "shards": shards, "keys": keys}
+    options["requires_keys"] = False if no_keys else None
+    options["num_processes"] = workers
+    options["engine.vectors_only"] = True if vectors_only else None
     settings = _settings({name: value for name, value in options.items() if value is not None}, settings_file)
+    from serving.observability.json_logs import set_log_format
     from serving.server import serve as serve_until_stopped
+
+    set_log_format(settings.observability.log_format)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It warns of every form that is malformed.
 
     def announce(server: "RunningServer") -> None:
         result = {
@@ -55,17 +77,20 @@ def serve(
 
 def _settings(options: dict[str, Path | str | int], file: Path | None) -> ServingSettings:
     """The file's settings, with `options` in their place where given."""
+    # Overrides are read as YAML, and JSON is YAML in which a path stays text whatever its characters.
+    overrides = [f"{name}={json.dumps(value, default=str, ensure_ascii=False)}" for name, value in options.items()]
     if file is not None:
-        # Overrides are read as YAML, and JSON is YAML in which a path stays text whatever its characters.
-        overrides = [f"{name}={json.dumps(value, default=str, ensure_ascii=False)}" for name, value in options.items()]
         return load_settings(ServingSettings, file, overrides)
     if "index" not in options:
         raise SettingsError("no index to serve: give --index, or --settings with a file that names one.")
-    return validate_settings(ServingSettings, options, where="options of serve")
+    return validate_settings(ServingSettings, apply_overrides({}, overrides), where="options of serve")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m serving") -> None:
-    run_command(app, arguments, program=program)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["keys"]:
+        run_command(keys_app, given[1:], program=f"{program} keys")
+    run_command(app, given, program=program)
 
 
 if __name__ == "__main__":

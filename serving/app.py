@@ -14,10 +14,17 @@ from pydantic.json_schema import models_json_schema
 from lookalike.artifacts import versions
 from serving import routes
 from serving.addresses import host_in_url, is_loopback
+from serving.engine.query_engine import QueryEngine
 from serving.middleware import BodyLimit, KnownHosts, RequestEnvelope
+from serving.observability.exposition import metrics_response
+from serving.observability.metrics import ServingMetrics
+from serving.observability.observed_requests import ObservedRequests
+from serving.observability.tracing import open_tracing
+from serving.observability.watching import EngineState, watched
 from serving.problems import add_problem_handlers
-from serving.query_engine import QueryEngine
-from serving.schemas import ProblemDetails, SearchForm, SearchRequest
+from serving.safety.api_keys import Gate, open_keys
+from serving.safety.url_fetching import PictureFetcher
+from serving.schemas.documented import DOCUMENTED_MODELS
 from serving.settings import ServingSettings
 
 _PAGE_FOLDER = Path(__file__).parent / "page"
@@ -25,20 +32,29 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _TAGS = [
     {"name": "search", "description": "Find pictures that show the same thing."},
     {"name": "items", "description": "The pictures of the gallery."},
+    {"name": "indexes", "description": "Versions of the gallery."},
     {"name": "info", "description": "What is served."},
     {"name": "health", "description": "For whoever keeps the server running."},
 ]
 
 
-def create_app(engine: QueryEngine, settings: ServingSettings) -> FastAPI:
-    """Builds the application, which takes `engine` over: it is closed when the application stops."""
+def create_app(engine: QueryEngine, settings: ServingSettings, metrics: ServingMetrics | None = None) -> FastAPI:
+    """Builds the application, which takes `engine` over: it is closed when the application stops.
+
+    Args:
+        metrics: Those that the engine reports to.
+    """
+    told = metrics or ServingMetrics()
+    tracing = open_tracing(sends_traces=settings.observability.sends_traces)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.is_ready = True
-        yield
-        app.state.is_ready = False
+        async with watched(lambda: _state_of(engine), told, canary_seconds=settings.observability.canary_seconds):
+            app.state.is_ready = True
+            yield
+            app.state.is_ready = False
         engine.close()
+        tracing.close()
 
     app = FastAPI(
         title="Lookalike",
@@ -49,13 +65,15 @@ def create_app(engine: QueryEngine, settings: ServingSettings) -> FastAPI:
         # The stock documentation pages load scripts from elsewhere, which our content-security policy forbids.
         docs_url=None,
         redoc_url=None,
-        middleware=_middleware(settings),
+        middleware=[Middleware(ObservedRequests, metrics=told, tracing=tracing), *_middleware(settings)],
         lifespan=lifespan,
     )
     app.state.engine, app.state.limits, app.state.is_ready = engine, settings.limits, False
+    app.state.fetcher = PictureFetcher(settings.urls)
     add_problem_handlers(app)
     app.include_router(routes.api)
     app.include_router(routes.health)
+    app.add_api_route("/metrics", lambda: metrics_response(told.registry), include_in_schema=False)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/page", StaticFiles(directory=_PAGE_FOLDER))
     _complete_openapi(app)
@@ -67,7 +85,33 @@ def _middleware(settings: ServingSettings) -> list[Middleware]:
     layers = [Middleware(RequestEnvelope)]
     if is_loopback(settings.host):
         layers.append(Middleware(KnownHosts, hosts={*_LOCAL_HOSTS, host_in_url(settings.host).lower()}))
-    return [*layers, Middleware(BodyLimit, max_bytes=settings.limits.max_body_bytes)]
+    limits = settings.limits
+    return [
+        *layers,
+        Middleware(Gate, settings=settings, keys=open_keys(settings)),
+        Middleware(
+            BodyLimit,
+            max_bytes=limits.max_body_bytes,
+            max_seconds=limits.max_body_seconds,
+            max_bytes_at_once=limits.max_bytes_at_once,
+        ),
+    ]
+
+
+def _state_of(engine: QueryEngine) -> EngineState:
+    served = engine.served()
+    details = served.view.base.manifest.details
+    effort = details["default_effort"]
+    return EngineState(
+        searcher=served.view,
+        index_version=served.index_version,
+        encoder_fingerprint=served.encoder_fingerprint,
+        canary_ids=details["canary_ids"],
+        expected_recall=next((p["recall"] for p in details["recall_curve"] if p["effort"] == effort), 1.0),
+        measured_depth=details["measured_depth"],
+        num_changes=engine.num_changes,
+        queues=engine.queues(),
+    )
 
 
 async def _page() -> FileResponse:
@@ -83,7 +127,7 @@ def _complete_openapi(app: FastAPI) -> None:
         document = generate()
         if not is_complete:
             _, definitions = models_json_schema(
-                [(SearchRequest, "validation"), (SearchForm, "validation"), (ProblemDetails, "serialization")],
+                DOCUMENTED_MODELS,
                 ref_template="#/components/schemas/{model}",
             )
             document["components"]["schemas"].update(definitions["$defs"])

@@ -12,17 +12,26 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from lookalike.errors import DecodeError
-from serving.query_engine import (
+from serving.engine.errors import (
+    EncoderUnavailableError,
+    IdTakenError,
+    OverloadedError,
     PicturesUnavailableError,
+    UnfitItemError,
     UnknownItemError,
+    UnknownVersionError,
+    UnsearchableFilterError,
     UnsearchableRegionError,
     UnsearchableVectorError,
 )
-from serving.schemas import FieldError, ProblemDetails
+from serving.safety.rate_limit import retry_after
+from serving.schemas.problems import FieldError, ProblemDetails
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MOST_ERRORS = 20
 _LONGEST_FIELD_NAME = 100
+# What pydantic puts before the words of a ValueError.
+_VALUE_ERROR = "Value error, "
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,23 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "request.invalid": ProblemKind(422, "Correct the fields named in `errors`; /openapi.json describes each."),
     "request.refused": ProblemKind(400, "See /openapi.json for what this server understands."),
     "host.not_allowed": ProblemKind(421, "Open the address that the server printed; a proxy must send it as Host."),
+    "origin.not_allowed": ProblemKind(403, "Change the gallery from the server's own page, or from a program."),
+    "key.missing": ProblemKind(401, "Send `Authorization: Bearer KEY`; the server's operator makes keys."),
+    "key.unknown": ProblemKind(401, "Check the key for missing characters, or ask the server's operator for one."),
+    "key.lacks_scope": ProblemKind(403, "Use a key with the scope that the detail names."),
+    "writes.off": ProblemKind(403, "Start the server with keys, or with allows_writes, to add and delete."),
+    "rate.exceeded": ProblemKind(429, "Wait as long as Retry-After says; send fewer requests a second."),
+    "server.busy": ProblemKind(503, "Try again as soon as Retry-After says."),
     "route.unknown": ProblemKind(404, "See /openapi.json for the routes of this server."),
     "method.not_allowed": ProblemKind(405, "Use a method named in the Allow header."),
     "body.too_large": ProblemKind(413, "Send a smaller picture; /v1/info tells the limit."),
-    "body.unsupported_type": ProblemKind(415, "Send multipart/form-data or application/json."),
+    "body.too_slow": ProblemKind(408, "Send the body faster, or a smaller picture."),
+    "url.off": ProblemKind(422, "Send the picture itself; this server fetches nothing."),
+    "url.not_allowed": ProblemKind(422, "Send the picture itself, or an address on a host this server fetches from."),
+    "url.unreachable": ProblemKind(422, "Check that the address shows the picture, or send the picture itself."),
+    "url.too_large": ProblemKind(413, "Name a smaller picture."),
+    "url.too_slow": ProblemKind(422, "Try again, or send the picture itself."),
+    "body.unsupported_type": ProblemKind(415, "Send a type that the Accept-Post header names."),
     "image.empty": ProblemKind(422, "Send the bytes of a picture."),
     "image.not_an_image": ProblemKind(415, "Send a picture, such as a JPEG, PNG or WebP file."),
     "image.format_not_allowed": ProblemKind(415, "Save the picture as JPEG, PNG or WebP and send that."),
@@ -55,6 +77,15 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "vector.wrong_dim": ProblemKind(422, "Send a vector of the encoder that /v1/info names; it also tells the length."),
     "vector.not_finite": ProblemKind(422, "Send finite numbers only."),
     "vector.no_direction": ProblemKind(422, "Send a vector with at least one value other than zero."),
+    "vector.cancelled_out": ProblemKind(422, "Choose parts or weights that do not cancel each other out."),
+    "filter.invalid": ProblemKind(422, "Correct the condition; /v1/info names the columns that the metadata have."),
+    "encoder.unavailable": ProblemKind(422, "Use an id or a vector; /v1/info tells whether a server takes pictures."),
+    "item.exists": ProblemKind(409, "Choose another id, or none; or say replace, or PUT it."),
+    "item.unfit": ProblemKind(422, "Correct the metadata or the id; /v1/info names the columns that there are."),
+    "version.unknown": ProblemKind(404, "Take a version from GET /v1/indexes."),
+    "version.refused": ProblemKind(409, "Choose another version, or build one that goes with what the detail names."),
+    "index.busy": ProblemKind(503, "Try again as soon as Retry-After says."),
+    "server.overloaded": ProblemKind(429, "Try again as soon as Retry-After says."),
     "server.not_ready": ProblemKind(503, "Try again shortly; /readyz tells when the server is ready."),
     "server.error": ProblemKind(500, "Try again; if it persists, give the request id to the server's operator."),
 }
@@ -76,7 +107,7 @@ class Problem(Exception):
         self.kind = PROBLEM_KINDS[code]
 
 
-def problem_response(problem: Problem, *, request_id: str) -> JSONResponse:
+def problem_details(problem: Problem, *, request_id: str) -> dict[str, Any]:
     details = ProblemDetails(
         title=HTTPStatus(problem.kind.status).phrase,
         status=problem.kind.status,
@@ -86,8 +117,12 @@ def problem_response(problem: Problem, *, request_id: str) -> JSONResponse:
         request_id=request_id,
         errors=problem.errors or None,
     )
+    return details.model_dump(exclude_none=True)
+
+
+def problem_response(problem: Problem, *, request_id: str) -> JSONResponse:
     return JSONResponse(
-        details.model_dump(exclude_none=True),
+        problem_details(problem, request_id=request_id),
         status_code=problem.kind.status,
         headers=problem.headers,
         media_type=PROBLEM_MEDIA_TYPE,
@@ -104,7 +139,10 @@ def invalid_request(error: ValidationError | RequestValidationError) -> Problem:
     found = error.errors()
     if any(entry["type"] == "json_invalid" for entry in found):
         return Problem("request.malformed", f"the body is not JSON: {found[0]['msg']}")
-    errors = [_field_error(_field_name(entry["loc"]), entry["msg"]) for entry in found[:_MOST_ERRORS]]
+    errors = [
+        _field_error(_field_name(entry["loc"]), entry["msg"].removeprefix(_VALUE_ERROR))
+        for entry in found[:_MOST_ERRORS]
+    ]
     sentences = [f"{error.field}: {error.message}" for error in errors]
     if len(found) > len(errors):
         sentences.append(f"and {len(found) - len(errors)} more")
@@ -123,10 +161,22 @@ def problem_of(error: Exception) -> Problem:
             return Problem(code if code in PROBLEM_KINDS else "image.undecodable", str(error))
         case UnsearchableRegionError(reason=reason):
             return Problem(f"roi.{reason}", str(error))
+        case UnsearchableFilterError():
+            return Problem("filter.invalid", str(error))
+        case EncoderUnavailableError():
+            return Problem("encoder.unavailable", str(error))
         case UnsearchableVectorError(reason=reason):
             return Problem(f"vector.{reason}", str(error))
         case UnknownItemError():
             return Problem("item.unknown", str(error))
+        case IdTakenError():
+            return Problem("item.exists", str(error))
+        case UnfitItemError():
+            return Problem("item.unfit", str(error))
+        case UnknownVersionError():
+            return Problem("version.unknown", str(error))
+        case OverloadedError(retry_after_seconds=seconds):
+            return Problem("server.overloaded", str(error), headers={"Retry-After": retry_after(seconds)})
         case PicturesUnavailableError():
             return Problem("pictures.unavailable", str(error))
         case HTTPException(status_code=404):
@@ -142,7 +192,9 @@ def add_problem_handlers(app: FastAPI) -> None:
     """Known errors become problems here; unexpected ones reach the outermost middleware, which logs them."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return problem_response(problem_of(error), request_id=request.state.request_id)
+        problem = problem_of(error)
+        request.state.problem_code = problem.code  # for the metrics
+        return problem_response(problem, request_id=request.state.request_id)
 
     for kind in (
         Problem,
@@ -151,7 +203,13 @@ def add_problem_handlers(app: FastAPI) -> None:
         DecodeError,
         UnsearchableRegionError,
         UnsearchableVectorError,
+        UnsearchableFilterError,
+        EncoderUnavailableError,
         UnknownItemError,
+        IdTakenError,
+        UnfitItemError,
+        UnknownVersionError,
+        OverloadedError,
         PicturesUnavailableError,
     ):
         app.add_exception_handler(kind, answer)

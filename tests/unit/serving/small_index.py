@@ -10,8 +10,9 @@ from data_pipelines.settings import ClassFoldersSettings, ShardSettings
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
-from indexing.build import build_index
+from indexing.building.build import build_index
 from indexing.embed import embed_shards
+from indexing.sources.embeddings import EmbeddingSource
 from lookalike.encoder import create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 
@@ -58,5 +59,5 @@ def make_small_index(folder: Path) -> SmallIndex:
     encoder = create_encoder(EncoderSettings(backbone="resnet10t", input=InputSettings(size=32)))
     with ShardSet.open(shards.folder) as shard_set:
         embeddings = embed_shards(encoder, shard_set, folder / "embeddings")
-    build_index(embeddings, made.index)
+    build_index(EmbeddingSource(embeddings), made.index)
     return made

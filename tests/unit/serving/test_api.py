@@ -1,24 +1,35 @@
 import asyncio
 import base64
+import datetime
 import io
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
 from data_pipelines.decode import decode_image
 from data_pipelines.transforms import EvaluationTransform
+from indexing.building.build import build_index
+from indexing.published_index import PublishedIndex
+from indexing.reranking.registry import search_and_rerank
+from indexing.reranking.settings import METHOD_NAMES, parse_rerank
+from indexing.sources.arrays import ArraySource
 from lookalike.encoder import embed_pixels
-from lookalike.errors import ManifestMismatch
+from lookalike.errors import ArtifactError, ManifestMismatch
 from lookalike.exact_search import exact_search
-from lookalike.records import SearchHits
+from lookalike.id_selection import IdSelection
+from lookalike.records import SearchHits, SearchParameters
 from serving.app import create_app
-from serving.query_engine import QueryEngine
+from serving.engine.query_engine import QueryEngine
 from serving.settings import ServingSettings
 from tests.unit.serving.small_index import LOCAL, NUM_PICTURES, SmallIndex
 
@@ -38,7 +49,7 @@ def search(client: TestClient, **query: Any) -> tuple[list[int], list[float]]:
 
 def brute_force(engine: QueryEngine, vector: np.ndarray, *, k: int) -> SearchHits:
     index = engine.index
-    return exact_search(vector[None], index.vectors_of(index.ids), index.ids, k=k)
+    return exact_search(vector[None], index.store.vectors, index.ids(), k=k)
 
 
 def embed(engine: QueryEngine, picture: bytes) -> np.ndarray:
@@ -94,7 +105,8 @@ def test_an_answer_says_what_searched_and_how_long_each_stage_took(client: TestC
         "class_name": "disc",
         "width": 96,
         "height": 96,
-        "image_url": f"/v1/items/{first['id']}/image?shards={first['image_url'][-12:]}",
+        "metadata": {"label": 0, "split": "all"},
+        "image_url": f"/v1/items/{first['id']}/image?picture={first['image_url'][-12:]}",
         "score": 1,
     }
 
@@ -113,6 +125,112 @@ def test_an_id_does_not_find_itself_unless_asked(client: TestClient, engine: Que
     expected = brute_force(engine, engine.index.vectors_of(np.array([9]))[0], k=6).ids[0].tolist()
     assert search(client, id=9, k=6, include_self=True)[0] == expected
     assert search(client, id=9, k=5)[0] == [id for id in expected if id != 9]
+
+
+def test_a_filter_finds_what_brute_force_finds_among_what_fits(client: TestClient, engine: QueryEngine) -> None:
+    index = engine.index
+    classes = np.array([row["class_name"] for row in index.metadata_of(index.ids())])
+    vector = index.vectors_of(np.array([9]))[0]
+    round_ones = {"column": "class_name", "in": ["disc", "ring"]}
+    for condition, fits in (
+        (round_ones, np.isin(classes, ["disc", "ring"])),
+        ({"not": round_ones}, ~np.isin(classes, ["disc", "ring"])),
+        ({"all": [{"column": "label", "at_least": 2}, {"column": "split", "equals": "all"}]}, classes >= "square"),
+        ({"column": "class_name", "equals": "cat"}, classes == "cat"),
+    ):
+        ids = index.ids()[fits]
+        expected = exact_search(vector[None], index.vectors_of(ids), ids, k=30).ids[0, : len(ids)].tolist()
+        assert search(client, id=9, k=30, filter=condition, include_self=True)[0] == expected
+        assert search(client, id=9, k=30, filter=condition)[0] == [id for id in expected if id != 9]
+
+
+def test_a_second_look_is_that_of_the_method_without_the_query_itself(client: TestClient, engine: QueryEngine) -> None:
+    index = engine.index
+    vector = index.vectors_of(np.array([9]))
+    for method in (*METHOD_NAMES, {"name": "k_reciprocal", "num_neighbours": 7, "cosine_share": 0.5}):
+        for k, others in ((5, IdSelection.all_but([9])), (30, IdSelection.all_but([9]))):
+            parameters = SearchParameters(k=k, among=others)
+            expected = search_and_rerank(index, vector, parameters, parse_rerank(method))
+            ids, scores = search(client, id=9, k=k, rerank=method)
+            assert ids == expected.ids[0][expected.ids[0] >= 0].tolist()
+            np.testing.assert_allclose(scores, expected.scores[0, : len(ids)], atol=SCORE_TOLERANCE)
+    timings = client.post("/v1/search", json={"id": 9, "rerank": "diffusion"}).json()["timings_ms"]
+    assert list(timings) == ["search", "rerank", "metadata", "queue", "total"]
+
+
+def test_a_form_says_as_much_as_json(client: TestClient, small_index: SmallIndex) -> None:
+    picture = (small_index.pictures / "ring" / "teal.png").read_bytes()
+    image = base64.b64encode(picture).decode()
+    for how in (
+        {"recall": 0.5},
+        {
+            "filter": {
+                "any": [{"column": "class_name", "equals": "disc"}, {"column": "key", "in": ["ring/gold, or so"]}]
+            }
+        },
+        {"rerank": "average_query_expansion"},
+        {"rerank": {"name": "diffusion", "alpha": 0.5}, "filter": {"column": "width", "at_most": 96}},
+    ):
+        parts = {name: json.dumps(part) if isinstance(part, dict) else part for name, part in how.items()}
+        by_form = found(client.post("/v1/search", files={"image": picture}, data={"k": 8, **parts}))
+        assert by_form == search(client, image=image, k=8, **how)
+        assert by_form[0]
+
+
+FOREIGN_VECTORS = np.eye(6, 8, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def foreign_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    folder = tmp_path_factory.mktemp("foreign")
+    np.save(folder / "vectors.npy", FOREIGN_VECTORS)
+    metadata = pa.table(
+        {
+            "price": [1.5, float("nan"), None, 4.0, float("inf"), 6.0],
+            "width": ["5 cm", "6 cm", "7 cm", None, "9 cm", "10 cm"],
+            "seen": [datetime.datetime(2024, 5, day + 1, tzinfo=datetime.UTC) for day in range(6)],
+            "hash": [b"\xff\x00"] * 6,
+        }
+    )
+    pq.write_table(metadata, folder / "metadata.parquet")
+    source = ArraySource(folder / "vectors.npy", metadata=folder / "metadata.parquet")
+    build_index(source, folder / "index")
+    engine = QueryEngine.open(folder / "index")
+    asyncio.run(engine.warm_up())
+    with TestClient(create_app(engine, ServingSettings(index=folder / "index")), base_url=LOCAL) as client:
+        yield client
+
+
+class TestVectorsOfAnotherProgram:
+    """An index without encoder and pictures, with whatever metadata somebody has."""
+
+    def test_is_searched_by_vector_and_id(self, foreign_client: TestClient) -> None:
+        answer = foreign_client.post("/v1/search", json={"vector": FOREIGN_VECTORS[1].tolist(), "k": 1}).json()
+        assert answer["encoder_fingerprint"] is None
+        (hit,) = answer["hits"]
+        metadata = {"price": None, "width": "6 cm", "seen": "2024-05-02T00:00:00Z", "hash": "_wA="}
+        assert (hit["id"], hit["score"], hit["key"], hit["class_name"], hit["width"]) == (1, 1.0, "1", None, None)
+        assert hit["metadata"] == metadata
+        assert search(foreign_client, id=1, filter={"column": "price", "above": 3})[0] == [3, 4, 5]
+        assert [item["metadata"]["price"] for item in foreign_client.get("/v1/items?sample=6").json()["items"]].count(
+            None
+        ) == 3
+
+    def test_pictures_cannot_be_searched_with_or_shown(
+        self, foreign_client: TestClient, small_index: SmallIndex
+    ) -> None:
+        picture = (small_index.pictures / "ring" / "teal.png").read_bytes()
+        problem = foreign_client.post("/v1/search", files={"image": picture})
+        assert (problem.status_code, problem.json()["code"]) == (422, "encoder.unavailable")
+        assert foreign_client.get("/v1/items/1/image").json()["code"] == "pictures.unavailable"
+        info = foreign_client.get("/v1/info").json()
+        assert (info["encoder_fingerprint"], info["has_pictures"]) == (None, False)
+        assert info["metadata_columns"] == ["key", "price", "width", "seen", "hash"]
+
+    def test_shards_do_not_fit_it(self, foreign_client: TestClient, small_index: SmallIndex) -> None:
+        engine = foreign_client.app.state.engine  # type: ignore[attr-defined]
+        with pytest.raises(ArtifactError, match="was made of vectors"):
+            QueryEngine.open(engine.index.folder.parent, shards_folder=small_index.shards)
 
 
 def test_k_above_the_gallery_gives_all_of_it(client: TestClient) -> None:
@@ -176,10 +294,28 @@ def test_info_tells_limits_counts_and_the_measured_recall(client: TestClient, en
     info = client.get("/v1/info").json()
     assert info["num_vectors"] == NUM_PICTURES
     assert info["dim"] == engine.index.dim
-    assert info["limits"] == {"max_body_bytes": 20 << 20, "max_k": 1000, "max_items": 200}
-    assert info["recall_curve"] == engine.index.manifest.details["recall_curve"]
+    assert info["limits"] == {
+        "max_body_bytes": 20 << 20,
+        "max_pixels": 50_000_000,
+        "max_k": 1000,
+        "max_shortlist": 200,
+        "max_items": 200,
+        "max_queries": 64,
+        "max_parts": 16,
+    }
+    details = engine.index.manifest.details
+    curve = [point | {"effort": known_parts(point["effort"])} for point in info["recall_curve"]]
+    assert curve == details["recall_curve"]
+    assert known_parts(info["default_effort"]) == details["default_effort"]
+    assert info["target_recall"] == details["target_recall"]
+    assert info["metadata_columns"] == ["key", "class_name", "label", "split", "width", "height"]
+    assert info["rerank_methods"] == list(METHOD_NAMES)
     assert info["has_pictures"] is True
     assert {"python", "torch"} <= info["versions"].keys()
+
+
+def known_parts(effort: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in effort.items() if value is not None}
 
 
 def test_the_server_is_ready_only_while_it_runs(small_index: SmallIndex) -> None:
@@ -195,10 +331,10 @@ def test_the_server_is_ready_only_while_it_runs(small_index: SmallIndex) -> None
 
 
 def test_without_shards_searching_works_and_pictures_are_said_to_be_missing(
-    engine: QueryEngine, small_index: SmallIndex
+    small_index: SmallIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blind = QueryEngine(engine.index, engine.index.load_encoder(), shards=None)
-    app = create_app(blind, ServingSettings(index=small_index.index))
+    monkeypatch.setattr(PublishedIndex, "shards_folder", small_index.shards / "moved away")
+    app = create_app(QueryEngine.open(small_index.index), ServingSettings(index=small_index.index))
     with TestClient(app, base_url=LOCAL) as client:
         hits = client.post("/v1/search", json={"id": 3}).json()["hits"]
         assert [hit["image_url"] for hit in hits] == [None] * 10

@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from serving.app import create_app
+from serving.engine.query_engine import QueryEngine
 from serving.problems import PROBLEM_KINDS
-from serving.query_engine import QueryEngine
-from serving.schemas import SearchRequest
+from serving.schemas.search import SearchRequest
 from serving.settings import ServingLimits, ServingSettings
 from tests.unit.serving.small_index import LOCAL, SmallIndex, draw
 
@@ -68,7 +68,7 @@ SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
     "a broken picture": (form(image=picture_bytes()[:-60]), 422, "image.truncated"),
     "a form without picture": ({"files": {"k": (None, "3")}}, 422, "request.invalid"),
     "a picture as text": ({"files": {"image": (None, "abc")}}, 422, "request.invalid"),
-    "two pictures": ({"files": [("image", ("a", b"a")), ("image", ("b", b"b"))]}, 400, "request.malformed"),
+    "two pictures": ({"files": [("image", ("a", b"a")), ("image", ("b", b"b"))]}, 422, "request.invalid"),
     "k twice": ({"files": [("k", (None, "1")), ("k", (None, "2"))]}, 422, "request.invalid"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "request.malformed"),
     "no form": (
@@ -98,6 +98,50 @@ SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
     "an empty region in a form": (form(roi="5,0,5,9"), 422, "roi.empty"),
     "a region outside in a form": (form(roi="0,96.5,9,120"), 422, "roi.outside"),
     "a region of a broken picture": (form(image=picture_bytes()[:-60], roi="0,0,9,9"), 422, "image.truncated"),
+    "recall of 0": ({"json": {"id": 1, "recall": 0}}, 422, "request.invalid"),
+    "recall above 1": ({"json": {"id": 1, "recall": 1.01}}, 422, "request.invalid"),
+    "recall of an exact search": ({"json": {"id": 1, "recall": 0.9, "exact": True}}, 422, "request.invalid"),
+    "a filter as text": ({"json": {"id": 1, "filter": "class_name"}}, 422, "request.invalid"),
+    "an empty filter": ({"json": {"id": 1, "filter": {}}}, 422, "filter.invalid"),
+    "a filter of no form": ({"json": {"id": 1, "filter": {"class_name": "disc"}}}, 422, "filter.invalid"),
+    "a filter of an unknown column": (
+        {"json": {"id": 1, "filter": {"column": "mood", "equals": 1}}},
+        422,
+        "filter.invalid",
+    ),
+    "a filter of another type": (
+        {"json": {"id": 1, "filter": {"column": "width", "equals": "wide"}}},
+        422,
+        "filter.invalid",
+    ),
+    "an endless filter": (
+        {"content": b'{"id": 1, "filter": %s1%s}' % (b'{"not": ' * 60, b"}" * 60), "headers": JSON},
+        422,
+        "filter.invalid",
+    ),
+    "a filter too deep to read": (
+        {"content": b'{"id": 1, "filter": %s1%s}' % (b'{"not": ' * 9999, b"}" * 9999), "headers": JSON},
+        400,
+        "request.malformed",
+    ),
+    "a filter that is no JSON in a form": (form(filter="class_name = disc"), 422, "request.invalid"),
+    "a filter too deep in a form": (form(filter='{"not": ' * 99_999), 422, "request.invalid"),
+    "a list as filter in a form": (form(filter="[1]"), 422, "request.invalid"),
+    "an unknown method": ({"json": {"id": 1, "rerank": "magic"}}, 422, "request.invalid"),
+    "a method without name": ({"json": {"id": 1, "rerank": {"shortlist": 5}}}, 422, "request.invalid"),
+    "an unknown setting of a method": (
+        {"json": {"id": 1, "rerank": {"name": "diffusion", "beta": 1}}},
+        422,
+        "request.invalid",
+    ),
+    "a long shortlist": ({"json": {"id": 1, "rerank": {"name": "diffusion", "shortlist": 201}}}, 422, INVALID),
+    "many neighbours": (
+        {"json": {"id": 1, "rerank": {"name": "alpha_query_expansion", "num_neighbours": 201}}},
+        422,
+        "request.invalid",
+    ),
+    "an unknown method in a form": (form(rerank="magic"), 422, "request.invalid"),
+    "a broken method in a form": (form(rerank='{"name": '), 422, "request.invalid"),
     "another type": ({"content": b"x", "headers": {"content-type": "image/png"}}, 415, "body.unsupported_type"),
     "no type": ({"content": b"x"}, 415, "body.unsupported_type"),
 }
@@ -166,9 +210,22 @@ def test_codes_and_statuses_never_change() -> None:
         "request.invalid": 422,
         "request.refused": 400,
         "host.not_allowed": 421,
+        "origin.not_allowed": 403,
+        "key.missing": 401,
+        "key.unknown": 401,
+        "key.lacks_scope": 403,
+        "writes.off": 403,
+        "rate.exceeded": 429,
+        "server.busy": 503,
         "route.unknown": 404,
         "method.not_allowed": 405,
         "body.too_large": 413,
+        "body.too_slow": 408,
+        "url.off": 422,
+        "url.not_allowed": 422,
+        "url.unreachable": 422,
+        "url.too_large": 413,
+        "url.too_slow": 422,
         "body.unsupported_type": 415,
         "image.empty": 422,
         "image.not_an_image": 415,
@@ -177,6 +234,8 @@ def test_codes_and_statuses_never_change() -> None:
         "image.too_many_pixels": 413,
         "image.absurd_size": 422,
         "image.undecodable": 422,
+        "filter.invalid": 422,
+        "encoder.unavailable": 422,
         "roi.empty": 422,
         "roi.outside": 422,
         "item.unknown": 404,
@@ -184,6 +243,13 @@ def test_codes_and_statuses_never_change() -> None:
         "vector.wrong_dim": 422,
         "vector.not_finite": 422,
         "vector.no_direction": 422,
+        "vector.cancelled_out": 422,
+        "item.exists": 409,
+        "item.unfit": 422,
+        "version.unknown": 404,
+        "version.refused": 409,
+        "index.busy": 503,
+        "server.overloaded": 429,
         "server.not_ready": 503,
         "server.error": 500,
     }
@@ -237,7 +303,7 @@ def test_a_large_body_is_checked_beside_the_event_loop(client: TestClient, monke
 class TestHosts:
     @pytest.fixture
     def public_client(self, engine: QueryEngine, small_index: SmallIndex) -> TestClient:
-        settings = ServingSettings(index=small_index.index, host="0.0.0.0")
+        settings = ServingSettings(index=small_index.index, host="0.0.0.0", requires_keys=False)
         return TestClient(create_app(engine, settings), base_url="http://pictures.example")
 
     @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]", "[::1]:80"])
@@ -281,7 +347,7 @@ def test_a_path_cannot_forge_lines_of_the_log(client: TestClient, caplog: pytest
 def test_refusals_say_what_would_be_accepted(client: TestClient) -> None:
     assert client.get("/v1/search").headers["allow"] == "POST"
     refused = client.post("/v1/search", content=b"x", headers={"content-type": "text/plain"})
-    assert refused.headers["accept-post"] == "multipart/form-data, application/json"
+    assert refused.headers["accept-post"] == "multipart/form-data, application/json, application/octet-stream"
 
 
 class TestBodyLimit:

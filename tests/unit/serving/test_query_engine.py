@@ -22,14 +22,15 @@ from indexing.published_index import PublishedIndex
 from indexing.settings import EmbedSettings
 from lookalike.errors import DecodeError
 from lookalike.records import SearchParameters
-from serving.query_engine import QueryEngine, UnsearchableRegionError
+from serving.engine.errors import UnsearchableRegionError
+from serving.engine.query_engine import QueryEngine
 
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, threading.Thread]]:
     """Fills with what is used of an index, and on which thread."""
     uses: list[tuple[str, threading.Thread]] = []
-    search, ids = PublishedIndex.search, PublishedIndex.ids.func
+    search, ids = PublishedIndex.search, PublishedIndex.ids
 
     def search_recorded(self: PublishedIndex, *arguments: Any) -> Any:
         uses.append(("search", threading.current_thread()))
@@ -40,7 +41,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, threading.Thread]]:
         return ids(self)
 
     monkeypatch.setattr(PublishedIndex, "search", search_recorded)
-    monkeypatch.setattr(PublishedIndex, "ids", property(ids_recorded))
+    monkeypatch.setattr(PublishedIndex, "ids", ids_recorded)
     return uses
 
 

@@ -12,7 +12,7 @@ import pytest
 from lookalike.errors import ResourceError, SettingsError
 from lookalike.settings import validate_settings
 from serving.__main__ import main
-from serving.query_engine import QueryEngine
+from serving.engine.query_engine import QueryEngine
 from serving.server import RunningServer, require_free_port, serve
 from serving.settings import ServingSettings
 from tests.unit.serving.small_index import SmallIndex
@@ -64,7 +64,8 @@ def test_a_start_that_fails_is_told_as_what_it_is(small_index: SmallIndex, monke
 
 
 def test_a_foreign_address_is_refused(tmp_path: Path) -> None:
-    settings = ServingSettings(index=tmp_path, host="203.0.113.1", port=0)  # reserved for documentation
+    # An address reserved for documentation.
+    settings = ServingSettings(index=tmp_path, host="203.0.113.1", port=0, requires_keys=False)
     with pytest.raises(ResourceError, match=r"203\.0\.113\.1"):
         serve(settings, on_ready=lambda _: None)
 
@@ -143,15 +144,18 @@ class TestCommandLine:
             assert "index" in capsys.readouterr().err
         assert not served
 
-    @pytest.mark.parametrize("damaged", ["CURRENT", "manifest.json", "index.faiss", "metadata.arrow", "encoder"])
+    @pytest.mark.parametrize(
+        "damaged", ["CURRENT", "manifest.json", "vectors.npy", "ids.npy", "metadata.arrow", "encoder"]
+    )
     def test_a_damaged_index_ends_with_one_line(
         self, small_index: SmallIndex, tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         index = tmp_path / "index"
         shutil.copytree(small_index.index, index)
-        for file in index.rglob("*"):
-            if file.is_file() and damaged in {file.name, file.parent.name}:
-                file.write_bytes(file.read_bytes()[:2])
+        files = [file for file in index.rglob("*") if file.is_file() and damaged in {file.name, file.parent.name}]
+        assert files
+        for file in files:
+            file.write_bytes(file.read_bytes()[:2])
         assert run_main("--index", str(index), "--port", "0") == 5
         captured = capsys.readouterr()
         assert len(captured.err.splitlines()) == 1

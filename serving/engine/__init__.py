@@ -1,0 +1,1 @@
+"""What answers queries, whoever asks: it knows no HTTP."""

@@ -1,0 +1,59 @@
+"""What the engine refuses, each with what a caller needs to tell why."""
+
+from typing import Literal
+
+from lookalike.errors import DataError, ResourceError
+
+
+class OverloadedError(ResourceError):
+    """More was asked than can be answered in time; nothing was begun."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class UnknownItemError(DataError):
+    """The index holds no picture with this id."""
+
+
+class IdTakenError(DataError):
+    """The index holds a picture with this id already."""
+
+
+class UnfitItemError(DataError):
+    """An id or metadata that the index cannot hold."""
+
+
+class UnknownVersionError(DataError):
+    """The index has no version of this name, or none before the current one."""
+
+
+class PicturesUnavailableError(ResourceError):
+    """There is no picture behind this item that the server could show."""
+
+
+class EncoderUnavailableError(ResourceError):
+    """The index was made of vectors alone, or this server serves vectors only: no picture can become a vector."""
+
+
+class UnsearchableVectorError(DataError):
+    """A vector that no gallery vector can be compared with."""
+
+    def __init__(
+        self, reason: Literal["wrong_dim", "not_finite", "no_direction", "cancelled_out"], message: str
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnsearchableRegionError(DataError):
+    """A region that holds nothing of its picture."""
+
+    def __init__(self, reason: Literal["empty", "outside"], message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class UnsearchableFilterError(DataError):
+    """A condition that the metadata cannot be held against."""

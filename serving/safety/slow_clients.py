@@ -1,0 +1,116 @@
+"""Connections: how many there may be, and how long each may keep the server waiting.
+
+uvicorn waits without end for the headers of a connection's first request, and for clients that do not take their
+answers. (A body that does not come is ended by `serving.middleware.BodyLimit`.)
+"""
+
+import asyncio
+import uuid
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from serving.problems import PROBLEM_KINDS, PROBLEM_MEDIA_TYPE
+from serving.schemas.problems import ProblemDetails
+from serving.settings import ServingLimits
+
+_MOST_HEADER_BYTES = 64 << 10
+# In the longest wait; with the default, whoever takes 13 kbit/s gets every answer.
+_LEAST_BYTES_TAKEN = 16 << 10
+
+
+def guarded_protocol(limits: ServingLimits) -> type[asyncio.Protocol]:
+    """For `uvicorn.Config(http=...)`."""
+
+    class GuardedProtocol(_GuardedProtocol):
+        max_connections, max_wait_seconds = limits.max_connections, limits.max_wait_seconds
+
+    return GuardedProtocol
+
+
+class _GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    max_connections: int
+    max_wait_seconds: float
+    _timer: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse("server.busy", f"more than {self.max_connections} connections", {"Retry-After": "1"})
+        else:
+            self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        cycle = self.cycle
+        super().data_received(data)
+        # httptools, where uvicorn finds it, has no limit of its own.
+        self._num_header_bytes = self._num_header_bytes + len(data) if self._is_waiting_since(cycle) else 0
+        if self._num_header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
+            self._refuse("request.malformed", f"the headers are longer than {_MOST_HEADER_BYTES} bytes", {})
+
+    def on_response_complete(self) -> None:
+        cycle = self.cycle
+        super().on_response_complete()
+        # With another cycle, a request that was sent ahead has begun.
+        if self.cycle is cycle:
+            self._num_header_bytes = 0
+            self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's own answer to what is not HTTP has not the shape of a problem."""
+        self._refuse("request.malformed", msg, {})
+
+    def _watch(self) -> None:
+        """Looks again after the longest wait: at the next request, or at how much of the answer has been taken."""
+        if self._timer is not None:
+            self._timer.cancel()
+        num_unsent = self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(self.max_wait_seconds, self._end_if_idle, self.cycle, num_unsent)
+
+    def _end_if_idle(self, cycle: Any, num_unsent_before: int) -> None:
+        is_waiting = self._is_waiting_since(cycle)
+        if not is_waiting and not self.flow.write_paused:
+            return
+        num_unsent = self.transport.get_write_buffer_size()
+        if num_unsent and num_unsent_before - num_unsent >= _LEAST_BYTES_TAKEN:
+            self._watch()
+        else:
+            # Not `close`, which waits until the client has taken the rest.
+            self.transport.abort()
+
+    def _is_waiting_since(self, cycle: Any) -> bool:
+        """Whether no request has begun since `cycle`, which is over."""
+        return self.cycle is cycle and (cycle is None or cycle.response_complete)
+
+    def _refuse(self, code: str, detail: str, headers: dict[str, str]) -> None:
+        kind = PROBLEM_KINDS[code]
+        phrase = HTTPStatus(kind.status).phrase
+        details = ProblemDetails(
+            title=phrase,
+            status=kind.status,
+            detail=detail,
+            code=code,
+            fix=kind.fix,
+            request_id=uuid.uuid4().hex,
+        )
+        body = details.model_dump_json(exclude_none=True).encode()
+        lines = [
+            f"HTTP/1.1 {kind.status} {phrase}",
+            f"Content-Type: {PROBLEM_MEDIA_TYPE}",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()

@@ -1,0 +1,128 @@
+"""Versions over HTTP: listed, changed over to, made of changes, and refused with a code."""
+
+import io
+import shutil
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+from fastapi.testclient import TestClient
+
+from indexing.versions import compacting
+from serving.engine.changes import Changes
+from serving.schemas.indexes import IndexesAnswer
+from tests.unit.serving.small_index import NUM_PICTURES, draw
+
+
+def code(answer: httpx2.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["code"]
+
+
+def folder_of(client: TestClient) -> Path:
+    return client.app.state.engine.index.folder.parent  # type: ignore[attr-defined,no-any-return]
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    draw("disc", "navy").save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def client(writing_client: TestClient) -> TestClient:
+    return writing_client
+
+
+def test_changes_become_a_version_that_can_be_left_and_taken_again(client: TestClient) -> None:
+    before = client.get("/v1/indexes").json()
+    assert IndexesAnswer.model_validate(before, strict=True).model_dump() == before
+    assert (before["current"], before["served"], before["num_changes"]) == ("v0001", "v0001", 0)
+    [first] = before["versions"]
+    info = client.get("/v1/info").json()
+    assert first == {
+        "version": "v0001",
+        "is_current": True,
+        "index_type": info["index_type"],
+        "num_vectors": NUM_PICTURES,
+        "dim": info["dim"],
+        "encoder_fingerprint": info["encoder_fingerprint"],
+        "num_changes_since": 0,
+    }
+    added = client.post("/v1/items", files={"image": picture()}).json()
+    assert client.delete("/v1/items/3").status_code == 204
+    assert client.get("/v1/indexes").json()["num_changes"] == 2
+
+    assert client.post("/v1/indexes:compact").json() == {"current": "v0002"}
+    after = client.get("/v1/indexes").json()
+    assert (after["current"], after["served"], after["num_changes"]) == ("v0002", "v0002", 0)
+    assert [version["num_vectors"] for version in after["versions"]] == [NUM_PICTURES, NUM_PICTURES]
+    assert [version["num_changes_since"] for version in after["versions"]] == [2, 0]
+
+    # Whatever version serves, the changes are in force.
+    for method, body, version in (
+        ("rollback", {}, "v0001"),
+        ("swap", {"json": {"version": "v0002"}}, "v0002"),
+        ("swap", {"json": {"version": "v0001"}}, "v0001"),
+    ):
+        answer = client.post(f"/v1/indexes:{method}", **body)
+        assert answer.json() == {"current": version}
+        found = client.post("/v1/search", files={"image": picture()}, data={"k": 30}).json()
+        assert found["index_version"] == version
+        ids = [hit["id"] for hit in found["hits"]]
+        assert (ids[0], len(ids), 3 in ids) == (added["id"], NUM_PICTURES, False)
+
+
+def test_versions_that_are_not_there_are_refused(client: TestClient) -> None:
+    assert code(client.post("/v1/indexes:swap", json={"version": "v0007"})) == (404, "version.unknown")
+    assert code(client.post("/v1/indexes:rollback")) == (404, "version.unknown")
+    for version in ("", "../..", "v1", "latest"):
+        assert code(client.post("/v1/indexes:swap", json={"version": version})) == (422, "request.invalid")
+    assert code(client.post("/v1/indexes:swap", content=b"v0001")) == (415, "body.unsupported_type")
+
+
+def test_a_damaged_version_is_refused_and_the_old_one_serves_on(client: TestClient) -> None:
+    folder = folder_of(client)
+    shutil.copytree(folder / "v0001", folder / "v0002")
+    (folder / "v0002" / "vectors.npy").unlink()
+    answer = client.post("/v1/indexes:swap", json={"version": "v0002"})
+    assert code(answer) == (409, "version.refused")
+    assert client.post("/v1/search", json={"id": 1}).json()["index_version"] == "v0001"
+    assert client.get("/v1/indexes").json()["current"] == "v0001"
+
+
+def test_while_somebody_compacts_the_client_is_to_wait(client: TestClient) -> None:
+    with compacting(folder_of(client)):
+        for answer in (client.post("/v1/indexes:compact"), client.post("/v1/indexes:swap", json={"version": "v0001"})):
+            assert code(answer) == (503, "index.busy")
+            assert int(answer.headers["retry-after"]) > 0
+
+
+def test_while_it_compacts_a_second_client_is_to_wait(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(Changes, "_compact", lambda self: "v0002" if may_end.wait(10) else "")
+    running = client.app.state.engine._changes.compact()  # type: ignore[attr-defined]
+    answer = client.post("/v1/indexes:compact")
+    may_end.set()
+    assert code(answer) == (503, "index.busy")
+    assert running.result() == "v0002"
+    assert client.post("/v1/indexes:compact").json() == {"current": "v0002"}
+
+
+def test_where_the_current_version_cannot_be_opened_searches_go_on_and_changes_wait(client: TestClient) -> None:
+    current = folder_of(client) / "CURRENT"
+    good = current.read_text()
+    current.write_text("v0009\n")
+    changes = (
+        client.post("/v1/items", files={"image": picture()}),
+        client.put("/v1/items/3", files={"image": picture()}),
+        client.delete("/v1/items/3"),
+    )
+    for answer in changes:
+        assert code(answer) == (503, "index.busy")
+        assert "retry-after" in answer.headers
+    assert client.post("/v1/search", json={"id": 3}).status_code == 200
+    listed = client.get("/v1/indexes").json()
+    assert (listed["current"], listed["served"], listed["num_changes"]) == ("v0009", "v0001", 0)
+    current.write_text(good)
+    assert client.delete("/v1/items/3").status_code == 204
