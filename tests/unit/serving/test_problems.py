@@ -14,8 +14,9 @@ from PIL import Image
 from serving.app import create_app
 from serving.engine.query_engine import QueryEngine
 from serving.problems import PROBLEM_KINDS
+from serving.safety.url_fetching import PictureFetcher
 from serving.schemas.search import SearchRequest
-from serving.settings import ServingLimits, ServingSettings
+from serving.settings import ServingLimits, ServingSettings, UrlFetching
 from tests.unit.serving.small_index import LOCAL, SmallIndex, draw
 
 JSON = {"content-type": "application/json"}
@@ -351,6 +352,22 @@ def test_refusals_say_what_would_be_accepted(client: TestClient) -> None:
 
 
 class TestBodyLimit:
+    def test_fetched_pictures_count_as_long_as_their_request_runs(
+        self, engine: QueryEngine, small_index: SmallIndex
+    ) -> None:
+        async def fetched(url: str, settings: UrlFetching) -> bytes:
+            return picture
+
+        picture = picture_bytes(side=1024)
+        limits = ServingLimits(max_bytes_at_once=3 * len(picture) + 1024)
+        app = create_app(engine, ServingSettings(index=small_index.index, limits=limits))
+        app.state.fetcher = PictureFetcher(UrlFetching(hosts=("img.example",)), fetch=fetched)
+        client = TestClient(app, base_url=LOCAL)
+        one = {"url": "http://img.example/"}
+        for _ in range(5):  # none is still counted when its request is over
+            assert client.post("/v1/search", json={"parts": 3 * [one]}).status_code == 200
+        check_problem(client.post("/v1/search", json={"parts": 4 * [one]}), 503, "server.busy")
+
     @pytest.fixture
     def narrow_client(self, engine: QueryEngine, small_index: SmallIndex) -> TestClient:
         settings = ServingSettings(index=small_index.index, limits=ServingLimits(max_body_bytes=2048, max_k=5))
