@@ -75,6 +75,8 @@ def test_state_and_recall_are_told_again_and_again_and_failures_do_no_harm(live:
             await _until(lambda: _value(metrics, "lookalike_recall_canary_ratio", k="10") == pytest.approx(0.5))
             live.add(units(900))
             await _until(lambda: _value(metrics, "lookalike_index_vectors") == 41)
+            await _until(lambda: calls > 4)  # the one that failed, and one after it
+            await _until(lambda: (_value(metrics, "lookalike_queue_length", queue="encode") or 0) > 1)
         told = _value(metrics, "lookalike_event_loop_lag_seconds_count")
         await asyncio.sleep(0.05)
         assert _value(metrics, "lookalike_event_loop_lag_seconds_count") == told  # it has ended
