@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -21,29 +20,10 @@ from indexing.published_index import PublishedIndex
 from indexing.versions import current_version, publish, set_current_version, versions_of
 from lookalike.errors import DataError, ResourceError
 from lookalike.records import SearchParameters
-from tests.small_index import DIM, build, change, content, units
+from tests.small_index import DIM, change, content, units
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "indexing.living.compaction"])
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "index"
-    build(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    """A copy of a small index with ids 0 to 39."""
-    return Path(shutil.copytree(built, tmp_path / "index"))
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveIndex]:
-    with closing(LiveIndex.open(folder)) as opened:
-        yield opened
 
 
 def test_a_compaction_holds_what_was_there(folder: Path, live: LiveIndex) -> None:

@@ -1,9 +1,8 @@
 """A live index answers as a dictionary of its pictures would, from the moment a change returns, in every process."""
 
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -55,18 +54,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "index"
     write_base(folder)
     return folder
-
-
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    """A copy of a small index whose ids are 0, 10, ..., 590."""
-    return Path(shutil.copytree(built, tmp_path / "index"))
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveIndex]:
-    with closing(LiveIndex.open(folder)) as opened:
-        yield opened
 
 
 def nearest(live: LiveIndex, vector: ndarray, **parameters: object) -> list[int]:

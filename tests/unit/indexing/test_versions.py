@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,6 @@ from indexing.versions import (
 from lookalike.errors import ArtifactError, ManifestMismatch
 from lookalike.records import SearchParameters
 from tests.small_index import build, change, content, units
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "index"
-    build(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    """A copy of a small index with ids 0 to 39."""
-    return Path(shutil.copytree(built, tmp_path / "index"))
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveIndex]:
-    with closing(LiveIndex.open(folder)) as opened:
-        yield opened
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
