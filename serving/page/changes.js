@@ -6,23 +6,27 @@ import { readable } from "./cards.js";
 const $ = (id) => document.getElementById(id);
 const MEASURED = new Set(["width", "height"]); // the server sees these itself
 
-// Closes with Escape and the button that says so; resolves to whether it was confirmed.
+let answer = () => {}; // settles what the open dialog asks
+
+// Resolves to whether it was confirmed. The dialog's own "close" event comes too late: by then it may ask again.
 function confirmed(dialog) {
-  dialog.returnValue = "";
   dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
-  });
+  return new Promise((resolve) => (answer = resolve));
 }
 
 // Forms would send themselves away, which the page's policy forbids: they close their dialog.
 export function prepareDialogs() {
   for (const dialog of document.querySelectorAll("dialog")) {
+    const end = (isConfirmed) => {
+      answer(isConfirmed);
+      dialog.close();
+    };
     dialog.querySelector("form").addEventListener("submit", (event) => {
       event.preventDefault();
-      dialog.close("yes");
+      end(true);
     });
-    dialog.querySelector(".cancel").addEventListener("click", () => dialog.close(""));
+    dialog.querySelector(".cancel").addEventListener("click", () => end(false));
+    dialog.addEventListener("cancel", () => answer(false)); // Escape, or a phone's way back
   }
 }
 
