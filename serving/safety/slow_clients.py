@@ -9,7 +9,7 @@ import uuid
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.problems import PROBLEM_KINDS, PROBLEM_MEDIA_TYPE
 from serving.schemas.problems import ProblemDetails
@@ -29,13 +29,13 @@ def guarded_protocol(limits: ServingLimits) -> type[asyncio.Protocol]:
     return GuardedProtocol
 
 
-class _GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class _GuardedProtocol(HttpToolsProtocol):
     max_connections: int
     max_wait_seconds: float
     _timer: asyncio.TimerHandle | None = None
     _num_header_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             self._refuse("server.busy", f"more than {self.max_connections} connections", {"Retry-After": "1"})
@@ -50,7 +50,7 @@ class _GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def data_received(self, data: bytes) -> None:
         cycle = self.cycle
         super().data_received(data)
-        # httptools, where uvicorn finds it, has no limit of its own.
+        # httptools has no limit of its own.
         self._num_header_bytes = self._num_header_bytes + len(data) if self._is_waiting_since(cycle) else 0
         if self._num_header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
             self._refuse("request.malformed", f"the headers are longer than {_MOST_HEADER_BYTES} bytes", {})
