@@ -54,7 +54,7 @@ from lookalike.native_libraries import load_torch  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "serving_cpu.md"
 NUM_HITS = 100
-NUM_WARM_UP = 5_000  # after some 4,500 the allocator has all it will ever have
+NUM_WARM_UP = 12_500  # after some 10,000 the allocator has all it will ever have for its threads
 PICTURE_CLIENTS = 32
 NUM_PICTURES = 64
 PICTURE_ROUNDS = 3
@@ -93,7 +93,7 @@ def by_vector(folder: Path, shape: tuple[int, int], views: int, index_type: str,
     as_json = [json_request(query) for query in queries]
     as_bytes = [bytes_request(query) for query in queries]
     with serving(folder / "vectors") as server:
-        warm_up = asyncio.run(ask(server, as_json, num_requests=NUM_WARM_UP, num_clients=8))
+        warm_up = asyncio.run(ask(server, as_json, num_requests=NUM_WARM_UP, num_clients=16))
         warm_bytes = server.resident_bytes()
         rows = [
             ("JSON, 1 client", asyncio.run(ask(server, as_json, num_requests=num_requests // 5, num_clients=1))),
