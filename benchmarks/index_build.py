@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lookalike.native_libraries import num_cores, set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
+
 import numpy as np
 from numpy import ndarray
 from peak_memory import PeakMemory
-
-from lookalike.native_libraries import num_cores, set_thread_policy
-
-set_thread_policy()  # before torch: threads that wait would spin, and count as work
 
 RESULT = Path(__file__).parent / "results" / "index_build_cpu.md"
 TARGETS = (0.9, 0.95, 0.99)

@@ -6,28 +6,25 @@ python benchmarks/live_index.py --vectors 1000000 --type IVF4096,SQ8
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is loaded: waiting threads would count as work
+from lookalike.native_libraries import set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
 import numpy as np
 from frozen_backbone import footer
 from numpy import ndarray
 
-from lookalike.native_libraries import set_thread_policy
-
-set_thread_policy()  # before torch: threads that wait would spin, and count as work
-
-from indexing.building.build import build_index  # noqa: E402
-from indexing.living.live_index import LiveIndex  # noqa: E402
-from indexing.settings import IndexSettings  # noqa: E402
-from indexing.sources.arrays import ArraySource  # noqa: E402
-from lookalike.native_libraries import load_faiss, load_torch  # noqa: E402
-from lookalike.records import SearchParameters  # noqa: E402
+from indexing.building.build import build_index
+from indexing.living.live_index import LiveIndex
+from indexing.settings import IndexSettings
+from indexing.sources.arrays import ArraySource
+from lookalike.native_libraries import load_faiss, load_torch
+from lookalike.records import SearchParameters
 
 RESULT = Path(__file__).parent / "results" / "live_index_cpu.md"
 VIEWS_PER_LANDMARK = 20

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from lookalike.native_libraries import set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
+
 import numpy as np
 from numpy import ndarray
 from peak_memory import PeakMemory
 
-from lookalike.native_libraries import set_thread_policy
-
-set_thread_policy()  # before torch: threads that wait would spin, and count as work
-
-from evaluation.revisited.evaluate import evaluate_descriptors  # noqa: E402
-from evaluation.revisited.ground_truth import GroundTruth, QueryLabels  # noqa: E402
-from lookalike.artifacts import versions  # noqa: E402
+from evaluation.revisited.evaluate import evaluate_descriptors
+from evaluation.revisited.ground_truth import GroundTruth, QueryLabels
+from lookalike.artifacts import versions
 
 NUM_QUERIES, NUM_DATABASE = 70, 4993
 ROWS_AT_A_TIME = 50_000

@@ -11,14 +11,15 @@ One thread computes.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is loaded: waiting threads would count as work
+from lookalike.native_libraries import set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
 import numpy as np
 from frozen_backbone import IMAGE_SIZE, PICTURE_SIZE, footer

@@ -12,20 +12,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lookalike.native_libraries import load_torch, num_cores, set_thread_policy
 
-set_thread_policy()
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
-from indexing.index_types import IndexType  # noqa: E402
-from indexing.planning.calibration import MachineRates, nominal_rates  # noqa: E402
-from indexing.planning.cost_model import SearchWork, build_seconds, memory_bytes, query_seconds  # noqa: E402
-from indexing.searching.exact import ExactSearcher  # noqa: E402
-from indexing.settings import IndexSettings  # noqa: E402
-from indexing.vector_store import VectorStore  # noqa: E402
-from lookalike.artifacts import versions  # noqa: E402
-from lookalike.records import Effort, SearchParameters  # noqa: E402
+import numpy as np
+
+from indexing.index_types import IndexType
+from indexing.planning.calibration import MachineRates, nominal_rates
+from indexing.planning.cost_model import SearchWork, build_seconds, memory_bytes, query_seconds
+from indexing.searching.exact import ExactSearcher
+from indexing.settings import IndexSettings
+from indexing.vector_store import VectorStore
+from lookalike.artifacts import versions
+from lookalike.records import Effort, SearchParameters
 
 RESULT = Path(__file__).parent / "results" / "scale_table_cpu.md"
 K = 10

@@ -13,27 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is loaded: waiting threads would count as work
+from lookalike.native_libraries import set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
 import numpy as np
 from frozen_backbone import footer
 from live_index import VIEWS_PER_LANDMARK, views_of
 from numpy import ndarray
 
-from lookalike.native_libraries import set_thread_policy
-
-set_thread_policy()  # before torch: threads that wait would spin, and count as work
-
-from indexing.index_types import IndexType, create_untrained  # noqa: E402
-from indexing.searching.blas_threshold import set_blas_threshold  # noqa: E402
-from indexing.searching.exact import ExactSearcher  # noqa: E402
-from indexing.searching.faiss_searcher import FaissSearcher  # noqa: E402
-from indexing.searching.recall_curve import MeasuredDepth, RecallCurve  # noqa: E402
-from indexing.searching.screening import calibrated_costs, fastest_product  # noqa: E402
-from indexing.vector_store import IDS_NAME, VECTORS_NAME, VectorStore  # noqa: E402
-from lookalike.id_selection import IdSelection  # noqa: E402
-from lookalike.native_libraries import load_faiss, load_torch  # noqa: E402
-from lookalike.records import Effort, SearchParameters  # noqa: E402
+from indexing.index_types import IndexType, create_untrained
+from indexing.searching.blas_threshold import set_blas_threshold
+from indexing.searching.exact import ExactSearcher
+from indexing.searching.faiss_searcher import FaissSearcher
+from indexing.searching.recall_curve import MeasuredDepth, RecallCurve
+from indexing.searching.screening import calibrated_costs, fastest_product
+from indexing.vector_store import IDS_NAME, VECTORS_NAME, VectorStore
+from lookalike.id_selection import IdSelection
+from lookalike.native_libraries import load_faiss, load_torch
+from lookalike.records import Effort, SearchParameters
 
 RESULT = Path(__file__).parent / "results" / "search_speed_cpu.md"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 400)

@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is loaded: waiting threads would count as work
+from lookalike.native_libraries import num_cores, set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
 import numpy as np
 import pyarrow as pa
@@ -35,22 +37,18 @@ from live_index import views_of
 from numpy import ndarray
 from PIL import Image
 
-from lookalike.native_libraries import num_cores, set_thread_policy
-
-set_thread_policy()  # before torch: threads that wait would spin, and count as work
-
-from data_pipelines.settings import ClassFoldersSettings, ShardSettings  # noqa: E402
-from data_pipelines.shard_set import ShardSet  # noqa: E402
-from data_pipelines.shard_writer import write_shards  # noqa: E402
-from data_pipelines.sources.class_folders import ClassFolders  # noqa: E402
-from indexing.building.build import build_index  # noqa: E402
-from indexing.embed import embed_shards  # noqa: E402
-from indexing.settings import IndexSettings  # noqa: E402
-from indexing.sources.arrays import ArraySource  # noqa: E402
-from indexing.sources.embeddings import EmbeddingSource  # noqa: E402
-from lookalike.encoder import create_encoder, embed_pixels  # noqa: E402
-from lookalike.encoder_settings import EncoderSettings, InputSettings  # noqa: E402
-from lookalike.native_libraries import load_torch  # noqa: E402
+from data_pipelines.settings import ClassFoldersSettings, ShardSettings
+from data_pipelines.shard_set import ShardSet
+from data_pipelines.shard_writer import write_shards
+from data_pipelines.sources.class_folders import ClassFolders
+from indexing.building.build import build_index
+from indexing.embed import embed_shards
+from indexing.settings import IndexSettings
+from indexing.sources.arrays import ArraySource
+from indexing.sources.embeddings import EmbeddingSource
+from lookalike.encoder import create_encoder, embed_pixels
+from lookalike.encoder_settings import EncoderSettings, InputSettings
+from lookalike.native_libraries import load_torch
 
 RESULT = Path(__file__).parent / "results" / "serving_cpu.md"
 NUM_HITS = 100

@@ -8,12 +8,13 @@ the training split, the learned one to its classes, and judged on the test split
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is loaded: waiting threads would count as work
+from lookalike.native_libraries import set_thread_policy
+
+set_thread_policy()  # before numpy and torch: threads that wait would spin, and count as work
 
 import numpy as np
 import torch

@@ -11,7 +11,11 @@ LISTS_NAME = "lists.ivfdata"
 
 
 def write_faiss_index(index: Any, path: Path) -> None:
-    load_faiss().write_index(index, str(path))
+    """Raises OSError where the disk has no room."""
+    faiss = load_faiss()
+    # Writing a file by itself, faiss (1.15) only prints that the last bytes found no room, and leaves them out.
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
 def read_faiss_index(folder: Path) -> Any:

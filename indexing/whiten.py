@@ -1,5 +1,7 @@
 """Embedding set -> encoder with a whitening fitted to it; the vectors stream."""
 
+import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ from data_pipelines.shard_set import ShardSet
 from indexing.embedding_set import ENCODER_FOLDER, EmbeddingSet
 from indexing.sources.embeddings import EmbeddingSource
 from lookalike.artifacts import require_parent
-from lookalike.encoder import Encoder, load_encoder
+from lookalike.encoder import Encoder, load_encoder, save_encoder
 from lookalike.encoder_settings import WhiteningSettings
 from lookalike.errors import ArtifactError, DataError, SettingsError
+from lookalike.settings import dump_settings
 from lookalike.whitening import VectorMoments, learned_whitening, pca_whitening
 
 _PAIRS_AT_ONCE = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,50 @@ class PairMoments:
     """How matching pairs differ."""
 
     covariance: Float64[ndarray, "dim dim"]  # mean outer product of their differences
-    fitted_on: dict[str, Any]  # counts
+    fitted_on: dict[str, Any]  # counts, and the SHA-256 of pairs that were given
+
+
+def publish_whitened_encoder(
+    embeddings: EmbeddingSet, folder: Path, settings: WhiteningSettings, *, pairs: Path | None = None
+) -> Encoder:
+    """Publishes `whitened_encoder` at `folder`; the same one that is there already is kept, and nothing is fitted.
+
+    Raises:
+        ArtifactError: `folder` holds something else, or is damaged; and as `whitened_encoder`.
+    """
+    _require_use_of_pairs(settings, pairs)
+    if folder.exists():
+        return _reuse(folder, embeddings, settings, pairs)
+    encoder = whitened_encoder(embeddings, settings, pairs=pairs)
+    save_encoder(encoder, folder)
+    return encoder
+
+
+def _reuse(folder: Path, embeddings: EmbeddingSet, settings: WhiteningSettings, pairs: Path | None) -> Encoder:
+    encoder = load_encoder(folder)
+    if encoder.whitening is None:
+        raise ArtifactError(f"{folder} holds an encoder without whitening. Remove it, or choose another folder.")
+    fitted_on = encoder.whitening.fitted_on
+    found = {
+        **dump_settings(encoder.whitening.settings),
+        "embeddings": fitted_on.get("embeddings"),
+        "pairs": fitted_on.get("pairs"),
+    }
+    wanted = {
+        **dump_settings(settings),
+        "embeddings": embeddings.fingerprint,
+        "pairs": _sha256(_read_pairs(pairs)) if pairs else None,
+    }
+    if found != wanted:
+        different = ", ".join(name for name in wanted if found[name] != wanted[name])
+        raise ArtifactError(f"{folder} was fitted with another {different}. Remove it, or choose another folder.")
+    logger.info("%s is up to date", folder)
+    return encoder
+
+
+def _require_use_of_pairs(settings: WhiteningSettings, pairs: Path | None) -> None:
+    if pairs is not None and settings.method != "learned":
+        raise SettingsError(f"whitening by {settings.method} takes no pairs; choose the method learned.")
 
 
 def whitened_encoder(embeddings: EmbeddingSet, settings: WhiteningSettings, *, pairs: Path | None = None) -> Encoder:
@@ -39,8 +87,7 @@ def whitened_encoder(embeddings: EmbeddingSet, settings: WhiteningSettings, *, p
         DataError: too few vectors, classes or pairs; or pairs of pictures that have no vector.
         ArtifactError: the set is damaged, its encoder is whitened already, or its shards have changed.
     """
-    if pairs is not None and settings.method != "learned":
-        raise SettingsError(f"whitening by {settings.method} takes no pairs; choose the method learned.")
+    _require_use_of_pairs(settings, pairs)
     embeddings.check()
     encoder = load_encoder(embeddings.folder / ENCODER_FOLDER)
     if encoder.whitening:
@@ -87,7 +134,7 @@ def _moments_of_pairs(embeddings: EmbeddingSet, path: Path) -> PairMoments:
         left, right = places[start : start + _PAIRS_AT_ONCE].T
         differences = vectors[left].astype(np.float64) - vectors[right]
         outer_sum += differences.T @ differences
-    return PairMoments(outer_sum / len(pairs), {"num_pairs": len(pairs)})
+    return PairMoments(outer_sum / len(pairs), {"num_pairs": len(pairs), "pairs": _sha256(pairs)})
 
 
 def _moments_of_classes(embeddings: EmbeddingSet) -> PairMoments:
@@ -136,3 +183,7 @@ def _read_pairs(path: Path) -> Int64[ndarray, "pairs 2"]:
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or not np.issubdtype(pairs.dtype, np.integer):
         raise DataError(f"{path}: expected two ids per row, found {pairs.dtype} of shape {pairs.shape}.")
     return pairs.astype(np.int64)
+
+
+def _sha256(pairs: Int64[ndarray, "pairs 2"]) -> str:
+    return hashlib.sha256(pairs.tobytes()).hexdigest()

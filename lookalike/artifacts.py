@@ -258,9 +258,13 @@ def write_text_atomically(path: Path, text: str) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a small file as a whole: readers see the old bytes or the new ones, also after a power cut."""
     temporary = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_bytes(data)
-    _fsync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        _fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _fsync(path.parent)
 
 

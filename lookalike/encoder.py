@@ -97,6 +97,16 @@ class Encoder(nn.Module):
         return fingerprint({"settings": dump_settings(self.settings), "weights": weights, **whitening})
 
 
+def require_known_backbone(name: str) -> None:
+    """Raises SettingsError, with names that are close, where timm has no such model; builds none."""
+    load_torch(num_threads=torch.get_num_threads())  # makes torchvision importable, which timm imports
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
+        raise SettingsError(f"backbone: timm has no model named {name!r}. Near names: {near}.")
+
+
 def create_encoder(settings: EncoderSettings, weights: Weights | None = None) -> Encoder:
     """Builds an encoder whose backbone starts from `weights`; the projection starts random (torch's global generator).
 
@@ -105,12 +115,9 @@ def create_encoder(settings: EncoderSettings, weights: Weights | None = None) ->
         ResourceError: weights cannot be fetched or their package is missing.
     """
     weights = weights or RandomWeights()
-    load_torch(num_threads=torch.get_num_threads())
+    require_known_backbone(settings.backbone)
     import timm
 
-    if not timm.is_model(settings.backbone):
-        near = ", ".join(difflib.get_close_matches(settings.backbone, timm.list_models(), n=5)) or "none"
-        raise SettingsError(f"backbone: timm has no model named {settings.backbone!r}. Near names: {near}.")
     from_hub = isinstance(weights, HubWeights)
     options: dict[str, Any] = {"drop_path_rate": settings.drop_path_rate} if settings.drop_path_rate else {}
     if settings.pooling == "gem":

@@ -1,8 +1,10 @@
 """`lookalike launch OPTIONS lookalike VERB ...`: torchrun, with the setting that its restarts need."""
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 # Without it, workers restarted by torchrun read the addresses of the previous attempt and hang (torch 2.13 with gloo
 # or NCCL; pytorch issues 135712 and 167288). torchrun reads it, so a worker would set it too late; its rendezvous
@@ -36,11 +38,26 @@ def may_hang_after_restart(environment: Mapping[str, str]) -> bool:
     )
 
 
+def refuse_mistakes(arguments: Sequence[str]) -> None:
+    """Ends this process, with message and exit code, where every worker would refuse its settings.
+
+    torchrun would start the workers again and again, and would not say why they end.
+    """
+    pairs = list(pairwise(arguments))
+    if ("lookalike", "train") in pairs:
+        own = arguments[pairs.index(("lookalike", "train")) + 2 :]
+        importlib.import_module("training.__main__").check(own, program="lookalike train")
+
+
 def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike launch") -> None:
-    """Becomes torchrun: signals that are meant for this process reach it, and its exit code is this one's."""
+    """Becomes torchrun: signals that are meant for this process reach it, and its exit code is this one's.
+
+    Settings of training that are refused end it before, with exit code 2.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE.format(program=program), end="")
         sys.exit(0 if given else 2)
-    command = torchrun_command(given)
-    os.execve(command[0], command, torchrun_environment(os.environ))
+    command, environment = torchrun_command(given), torchrun_environment(os.environ)
+    refuse_mistakes(given)
+    os.execve(command[0], command, environment)

@@ -28,6 +28,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Check and print the resolved settings and the plan, and stop.")
     ] = False,
+    check_settings: Annotated[
+        bool,
+        typer.Option(help="Check what needs no data, and stop, as `lookalike launch` does before it starts processes."),
+    ] = False,
     verify_gradients: Annotated[
         bool,
         typer.Option(
@@ -43,7 +47,11 @@ def train(
     interrupted. Several processes: lookalike launch --nproc-per-node N lookalike train CONFIG.
     """
     settings = load_settings(TrainSettings, config, overrides or [])
+    if check_settings:
+        _check(settings)
+        return
     if dry_run:
+        _check(settings)
         _print_plan(settings, as_json=as_json)
         return
     with _processes(settings) as world:
@@ -101,6 +109,13 @@ def _verify_gradients(settings: TrainSettings, world: "World", *, as_json: bool)
         raise typer.Exit(1)
 
 
+def _check(settings: TrainSettings) -> None:
+    """Refuses what a run would refuse that needs no data, but is more than the settings know of."""
+    from lookalike.encoder import require_known_backbone
+
+    require_known_backbone(settings.encoder.backbone)
+
+
 def _print_plan(settings: TrainSettings, *, as_json: bool) -> None:
     from data_pipelines.shard_set import ShardSet
     from lookalike.world import World
@@ -129,11 +144,25 @@ _COMMANDS = ("run", "report")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m training") -> None:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # `lookalike train CONFIG` is short for `lookalike train run CONFIG`.
-    if given and given[0] not in (*_COMMANDS, "--help"):
-        given.insert(0, "run")
-    run_command(app, given, program=program)
+    run_command(app, _with_command(sys.argv[1:] if arguments is None else arguments), program=program)
+
+
+def check(arguments: Sequence[str], *, program: str) -> None:
+    """Ends this process, with message and exit code, where `main` would refuse `arguments` before it reads data."""
+    given = _with_command(arguments)
+    if given[:1] != ["run"]:
+        return
+    try:
+        run_command(app, ["run", "--check-settings", *given[1:]], program=program)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _with_command(arguments: Sequence[str]) -> list[str]:
+    """`lookalike train CONFIG` is short for `lookalike train run CONFIG`."""
+    is_short = arguments and arguments[0] not in (*_COMMANDS, "--help")
+    return ["run", *arguments] if is_short else list(arguments)
 
 
 if __name__ == "__main__":

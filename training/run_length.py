@@ -1,5 +1,6 @@
 """Which batches a run consists of, and how many steps that is."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,8 @@ def with_num_steps(settings: TrainSettings, *, num_steps_per_epoch: int) -> Trai
     """The same settings with their length in steps.
 
     Raises:
-        SettingsError: the warm-up does not end within the run, or hard classes would never meet.
+        SettingsError: the warm-up does not end within the run, a milestone lies beyond it, or hard classes would never
+            meet.
     """
     if settings.num_epochs is not None:
         length = {"num_steps": settings.num_epochs * num_steps_per_epoch, "num_epochs": None}
@@ -110,6 +112,13 @@ def with_num_steps(settings: TrainSettings, *, num_steps_per_epoch: int) -> Trai
         raise SettingsError(
             f"optimizer.warmup_epochs: {num_warmup_steps} steps of warm-up must stay below num_steps "
             f"({settings.num_steps})."
+        )
+    milestones, num_epochs = settings.optimizer.milestones, math.ceil(settings.num_steps / num_steps_per_epoch)
+    if milestones and settings.optimizer.unit == "epoch" and milestones[-1] >= num_epochs:
+        raise SettingsError(
+            f"optimizer.milestones: {milestones[-1]} epochs must stay below the {num_epochs} epochs of the run "
+            f"({settings.num_steps} steps, {num_steps_per_epoch} per epoch), or its drop would never come. Leave it "
+            "out, or train longer."
         )
     hard_classes = settings.batch.hard_classes
     if hard_classes is not None and hard_classes.first_epoch * num_steps_per_epoch >= settings.num_steps:

@@ -151,6 +151,19 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _every_milestone_is_reached(self) -> "TrainSettings":
+        """Where the length is given in what milestones are counted in; else `run_length.with_num_steps` sees to it."""
+        name, length = (
+            ("num_steps", self.num_steps) if self.optimizer.unit == "step" else ("num_epochs", self.num_epochs)
+        )
+        if length and self.optimizer.milestones and self.optimizer.milestones[-1] >= length:
+            raise ValueError(
+                f"optimizer.milestones: {self.optimizer.milestones[-1]} must stay below {name} ({length}), or its drop "
+                "would never come; leave it out, or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _memory_holds_a_batch(self) -> "TrainSettings":
         size = getattr(self.loss, "memory_size", None)
         if size is not None and size < self.batch.num_images:

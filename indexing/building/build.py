@@ -80,8 +80,8 @@ def build_index(
         return existing
     require_fit_for_changes(folder, {"dim": source.dim, **source.details}, version=next_version(folder))
     clock = _StageClock()
-    # Held by the first rank from the first stage to the last.
-    with ExitStack() as staging_lock:
+    # The lock is held by the first rank from the first stage to the last.
+    with full_disk_explained(folder, 0, purpose="building"), ExitStack() as staging_lock:
 
         def prepare() -> None:
             staging = staging_lock.enter_context(open_staging(folder, **identity))

@@ -150,8 +150,8 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def require_disk_space(folder: Path, num_bytes: int, *, purpose: str) -> None:
-    """Raises ResourceError unless `num_bytes` more can be written below `folder`."""
-    free = shutil.disk_usage(folder).free
+    """Raises ResourceError unless `num_bytes` more can be written below `folder`, which exists unless they are 0."""
+    free = shutil.disk_usage(folder).free if num_bytes else 0
     if num_bytes > free:
         raise ResourceError(
             f"{purpose} needs {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) more in {folder}, but its disk has "
@@ -161,7 +161,11 @@ def require_disk_space(folder: Path, num_bytes: int, *, purpose: str) -> None:
 
 @contextmanager
 def full_disk_explained(folder: Path, num_bytes: int, *, purpose: str) -> Iterator[None]:
-    """Turns the many ways to run out of disk space into one ResourceError; `num_bytes` is what the work needs."""
+    """Turns the many ways to run out of disk space into one ResourceError.
+
+    Args:
+        num_bytes: What the work needs; 0 where it is little.
+    """
     require_disk_space(folder, num_bytes, purpose=purpose)
     try:
         yield
@@ -170,9 +174,9 @@ def full_disk_explained(folder: Path, num_bytes: int, *, purpose: str) -> Iterat
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else _is_about_space(error)
         if not is_full:
             raise
+        need = f": {purpose} needs {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) more" if num_bytes else ""
         raise ResourceError(
-            f"The disk of {folder} is full: {purpose} needs {num_bytes} bytes ({num_bytes / 2**30:.2f} GiB) more. "
-            "Free some and run the same command again; what is done is kept."
+            f"The disk of {folder} is full{need}. Free some and run the same command again; what is done is kept."
         ) from error
 
 

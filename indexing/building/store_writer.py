@@ -43,7 +43,9 @@ def write_store(source: VectorSource, staging: Staging) -> None:
         _require_usable(ascending, num_vectors=source.num_vectors)
         if not (folder / IDS_NAME).exists():
             with publishing_file(folder / IDS_NAME) as path, path.open("wb") as file:
-                np.save(file, ascending)
+                # As np.save, which would not say that the disk is full.
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ascending))
+                file.write(ascending.data)
         if not (folder / METADATA_NAME).exists():
             with publishing_file(folder / METADATA_NAME) as path:
                 _write_metadata(source, ascending, path)

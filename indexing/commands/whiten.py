@@ -29,17 +29,18 @@ def whiten(
     ] = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a whitening to an embedding set, and publish its encoder with the whitening as part of it."""
+    """Fit a whitening to an embedding set, and publish its encoder with the whitening as part of it.
+
+    The same one that is there already is kept.
+    """
     tree = {"method": method, "dim": dim, "shrinkage": shrinkage, "power": power}
     settings = validate_settings(WhiteningSettings, tree, where="options of index whiten")
     from indexing.embedding_set import EmbeddingSet
-    from indexing.whiten import whitened_encoder
-    from lookalike.encoder import save_encoder
+    from indexing.whiten import publish_whitened_encoder
     from lookalike.native_libraries import load_torch, num_cores
 
     load_torch(num_threads=num_cores())
-    encoder = whitened_encoder(EmbeddingSet.open(embeddings), settings, pairs=pairs)
+    encoder = publish_whitened_encoder(EmbeddingSet.open(embeddings), out, settings, pairs=pairs)
     assert encoder.whitening is not None
-    save_encoder(encoder, out)
     result: dict[str, Any] = {"encoder": str(out), "dim": encoder.dim, **encoder.whitening.fitted_on}
     print_result(result, as_json=as_json)

@@ -1,6 +1,5 @@
 """Public data sets in their official layouts become shards with the protocol's splits, classes and keys."""
 
-import gzip
 import json
 import pickle
 import shutil
@@ -9,15 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipelines.__main__ import main
-from data_pipelines.settings import Reencode, ShardSettings
-from data_pipelines.shard_set import ShardSet
-from data_pipelines.shard_writer import write_shards
+from data_pipelines.settings import Reencode
 from data_pipelines.sources import pixel_box
 from data_pipelines.sources.registry import DATA_SETS, open_data_set
 from lookalike.errors import DataError, SettingsError
 from tests.unit.data_pipelines import miniatures
-from tests.unit.data_pipelines.small_shards import SMALL_SHARDS, write_picture
+from tests.unit.data_pipelines.opened_data_sets import listed, shards_of
 
 BOXES = [[10.5, 4.5, 40.49, 30.5], [0, 0, 64, 48]]
 
@@ -28,15 +24,6 @@ def roxford5k(root: Path) -> Path:
 
 def rparis6k(root: Path) -> Path:
     return miniatures.revisited(root, "rparis6k", boxes=BOXES)
-
-
-def shards_of(name: str, root: Path, *overrides: str, **settings) -> ShardSet:
-    written = SMALL_SHARDS.model_copy(update=settings)
-    return write_shards(open_data_set(name, root, overrides), root / "shards", written)
-
-
-def listed(name: str, root: Path, *overrides: str) -> list[tuple[str, str, str | None]]:
-    return [(p.split, p.key, p.label) for p in open_data_set(name, root, overrides).pictures()]
 
 
 # name, miniature, (split, key, class name, coarse label) of every sample in order
@@ -411,159 +398,3 @@ def test_an_unknown_name_lists_the_known_ones_and_settings_are_checked(tmp_path)
         open_data_set("vehicleid", tmp_path, ["lists=[test_3200]"])
     with pytest.raises(SettingsError, match="csv"):
         open_data_set("sop", tmp_path, ["csv=x.csv"])
-
-
-# WebDataset tars
-
-
-def test_pictures_of_tars_keep_their_bytes(tmp_path):
-    with shards_of("webdataset", miniatures.webdataset(tmp_path)) as shard_set:
-        loose = [(tmp_path / "loose" / f"{n}.jpg").read_bytes() for n in (2, 3, 0, 1)]
-        assert [shard_set.read_bytes(row) for row in range(4)] == loose
-        assert shard_set.class_names == ["10", "3", "cat"]
-
-
-def test_a_shard_set_is_read_back_to_the_same_samples(tmp_path, shard_set):
-    again = write_shards(open_data_set("webdataset", shard_set.folder), tmp_path / "again", SMALL_SHARDS)
-    columns = ["key", "class_name", "coarse_label", "split", "size", "sha256", "width", "height"]
-    assert again.samples.select(columns).equals(shard_set.samples.select(columns))
-
-
-def test_classes_of_tars_come_from_the_chosen_place(tmp_path):
-    write_picture(tmp_path / "a.jpg", 0)
-    picture = (tmp_path / "a.jpg").read_bytes()
-    members = {"0.jpg": picture, "0.cls": "3", "0.txt": "cat\n", "0.json": '{"label": 5, "kind": "pet"}'}
-    tar = miniatures.write_tar(tmp_path / "00000.tar", members)
-    chosen = {
-        (): "3",
-        ("label_file=txt",): "cat",
-        ("label_file=json",): "5",
-        ("label_field=kind",): "pet",
-    }
-    for overrides, label in chosen.items():
-        assert listed("webdataset", tar, *overrides) == [("all", "0", label)]
-    assert listed("webdataset", tar, "split=train", "prefixes_keys=true") == [("train", "00000/0", "3")]
-    for overrides, message in {
-        ("label_field=colour",): "the json has no field 'colour'",
-        ("picture_file=png",): "should hold one picture, found 0 among jpg, cls, txt, json",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            listed("webdataset", tar, *overrides)
-    with pytest.raises(SettingsError, match="label_field has no effect"):
-        listed("webdataset", tar, "label_file=cls", "label_field=kind")
-
-
-def test_a_damaged_tar_is_named(tmp_path):
-    tars = miniatures.webdataset(tmp_path)
-    tar = tars / "train-000000.tar"
-    whole = tar.read_bytes()
-    second_header = 512 * (1 + -(-(tmp_path / "loose" / "0.jpg").stat().st_size // 512))
-    for damaged in (
-        whole[:second_header] + b"x" * 512 + whole[second_header + 512 :],  # tarfile alone ends quietly here
-        whole[: second_header + 100],
-        whole[: second_header - 600],
-        whole[:second_header],
-        whole + whole,
-        b"no tar",
-        b"",
-    ):
-        tar.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"train-000000\.tar"):
-            open_data_set("webdataset", tars).pictures()
-
-
-def test_a_compressed_tar_is_refused(tmp_path):
-    tar = miniatures.write_tar(tmp_path / "0.tar", {"a.jpg": b"x"})
-    tar.write_bytes(gzip.compress(tar.read_bytes()))
-    with pytest.raises(DataError, match="as an uncompressed tar"):
-        open_data_set("webdataset", tmp_path).pictures()
-
-
-def test_keys_that_start_again_in_every_tar_need_a_prefix(tmp_path):
-    for number in range(2):
-        miniatures.write_tar(tmp_path / f"train-{number}.tar", {"0.jpg": f"picture {number}"})
-    with pytest.raises(DataError, match=r"key '0' occurs 2 times, first in .*train-0\.tar\. .*prefixes_keys"):
-        listed("webdataset", tmp_path)
-    keys = [key for _, key, _ in listed("webdataset", tmp_path, "prefixes_keys=true")]
-    assert keys == ["train-0/0", "train-1/0"]
-
-
-# Command line
-
-
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run_command
-
-
-def test_verify_names_what_is_missing(run, tmp_path):
-    root = miniatures.vehicleid(tmp_path)
-    code, out, _ = run("verify", "vehicleid", root)
-    assert code == 0
-    assert "train: 2 images of 2 classes; paper: 110,178 images of 13,134 classes, DIFFERS" in out
-    assert "usable; 6 images found" in out
-    (root / "VehicleID_V1.0" / "image" / "0000001.jpg").unlink()
-    code, out, _ = run("verify", "vehicleid", root, "--json")
-    result = json.loads(out)
-    assert (code, result["is_usable"], result["images"]) == (3, False, 5)
-    assert [Path(name).name for name in result["missing_pictures"]] == ["0000001.jpg"]
-    shutil.rmtree(root / "VehicleID_V1.0" / "train_test_split")
-    code, out, _ = run("verify", "vehicleid", root)
-    assert code == 3
-    assert "train_test_split/test_list_800.txt is missing" in out
-    assert "NOT USABLE" in out
-    assert run("verify", "vehicleid", tmp_path / "nowhere")[0] == 3
-    assert run("verify", "vehicles", root)[0] == 2
-
-
-def test_write_prints_and_keeps_how_counts_differ(run, tmp_path):
-    root = miniatures.gldv1(tmp_path)
-    arguments = ("write", root, tmp_path / "shards", "--dataset", "gldv1", "--processes", 1)
-    code, out, _ = run(*arguments)
-    assert code == 0
-    assert "listed pictures without a file: 1" in out
-    assert "train: 2 images of 1 classes; DELF paper: 1,060,709 images of 12,894 classes, DIFFERS" in out
-    code, out, _ = run(*arguments, "--json")
-    facts = json.loads(out)["data_set"]
-    assert (code, facts["num_missing_pictures"], facts["counts"][1]["num_images"]) == (0, 1, 1_225_029)
-
-
-def test_a_dry_run_estimates_time_and_writes_nothing(run, tmp_path):
-    root = miniatures.inat2018(tmp_path)
-    (root / "train_val2018" / "Aves" / "2917" / "aa.jpg").write_bytes(b"no picture")
-    code, out, _ = run("write", root, tmp_path / "shards", "--dataset", "inat2018", "--dry-run", "--json")
-    planned = json.loads(out)
-    assert (code, planned["images"], planned["shards"], planned["splits"]) == (0, 3, 2, ["test", "train"])
-    assert 0 <= planned["estimated_seconds"] < 60
-    assert not (tmp_path / "shards").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--dataset", "sops"], 2, "there is no data set 'sops'"),
-        (["--dataset", "sop", "--seed", "1"], 2, "sop has its own splits"),
-        (["--dataset", "sop"], 3, "Ebay_train.txt is missing; Ebay_test.txt is missing"),
-        (["csv=x.csv"], 2, "'csv=x.csv' has no effect without --dataset"),
-    ],
-)
-def test_mistakes_are_one_line_and_an_exit_code(run, tmp_path, arguments, code, message):
-    found, out, err = run("write", tmp_path, tmp_path / "out", *arguments)
-    assert (found, out) == (code, "")
-    assert message in err
-
-
-def test_the_same_data_set_gives_the_same_bytes_with_any_number_of_processes(tmp_path):
-    root = miniatures.r1m(tmp_path)
-    source = open_data_set("r1m", root)
-    settings = ShardSettings(max_shard_bytes=16 << 10)
-    prints = {
-        write_shards(source, tmp_path / str(number), settings, num_processes=number).fingerprint for number in (1, 2)
-    }
-    assert len(prints) == 1

@@ -9,7 +9,7 @@ from data_pipelines.shard_set import ShardSet
 from indexing.__main__ import main
 from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
-from indexing.whiten import _moments_of_classes, _moments_of_pairs, whitened_encoder
+from indexing.whiten import _moments_of_classes, _moments_of_pairs, publish_whitened_encoder, whitened_encoder
 from lookalike.encoder import load_encoder
 from lookalike.encoder_settings import WhiteningSettings
 from lookalike.errors import ArtifactError, DataError, ManifestMismatch, SettingsError
@@ -106,3 +106,38 @@ def test_the_command_publishes_an_encoder_that_cannot_be_whitened_twice(
         again = embed_shards(encoder, shard_set, tmp_path / "e", split="test")
     with pytest.raises(ArtifactError, match="whitened already"):
         whitened_encoder(again, WhiteningSettings())
+
+
+def test_a_repeated_command_keeps_what_is_there_and_another_one_is_refused(
+    embeddings: EmbeddingSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whiten(*options: str) -> tuple[int, str, str]:
+        command = ["whiten", "--embeddings", str(embeddings.folder), "--out", str(tmp_path / "encoder"), "--json"]
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--method", "learned", "--shrinkage", "0.1", *options])
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    pairs, others = tmp_path / "p.npy", tmp_path / "others.npy"
+    np.save(pairs, np.random.default_rng(0).choice(embeddings.ids, (10, 2)))
+    np.save(others, np.random.default_rng(1).choice(embeddings.ids, (10, 2)))
+    code, first, _ = whiten("--pairs", str(pairs))
+    assert code == 0
+    before = (tmp_path / "encoder" / "manifest.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("indexing.whiten.whitened_encoder", lambda *_, **__: pytest.fail("it was fitted again"))
+        code, again, _ = whiten("--pairs", str(pairs))
+        assert (code, json.loads(again)) == (0, json.loads(first))
+        for options, named in (
+            (["--pairs", str(others)], "pairs"),
+            ([], "pairs"),
+            (["--pairs", str(pairs), "--dim", "6"], "dim"),
+        ):
+            code, _, complaint = whiten(*options)
+            assert code == 5
+            assert f"{tmp_path / 'encoder'} was fitted with another {named}. Remove it" in complaint
+    assert (tmp_path / "encoder" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_an_encoder_without_whitening_is_not_taken_for_one_with(embeddings: EmbeddingSet) -> None:
+    with pytest.raises(ArtifactError, match=r"without whitening\. Remove it"):
+        publish_whitened_encoder(embeddings, embeddings.folder / "encoder", WhiteningSettings())

@@ -14,8 +14,9 @@ import torch
 from data_pipelines.loader import Batch, training_batches
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.transforms import TrainingTransform
-from lookalike.encoder import Encoder, create_encoder
+from lookalike.encoder import Encoder, create_encoder, load_encoder
 from lookalike.encoder_settings import EncoderSettings
+from lookalike.errors import ArtifactError
 from lookalike.settings import validate_settings
 from lookalike.world import World
 from tests.gloo_ranks import run_on_ranks
@@ -320,3 +321,47 @@ def ask_second_rank(world: World) -> bool:
 
 def test_all_ranks_stop_when_one_is_asked() -> None:
     assert run_on_ranks(ask_second_rank, 2) == [True, True]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_old_ones_are_removed(tmp_path: Path) -> None:
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t"))
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, encoder, {"some": step}, step=step, identity="x", num_kept=2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+    file = tmp_path / "checkpoints" / "step_000003" / "training_state.pt"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (2, {"some": 2})
+    # A checkpoint's encoder is one to embed with.
+    assert load_encoder(tmp_path / "checkpoints" / "step_000002" / "encoder").fingerprint == encoder.fingerprint
+    assert load_newest_checkpoint(tmp_path / "empty", identity="x") is None
+
+
+def test_after_damage_the_run_goes_on_from_before_it_and_keeps_what_it_writes(tmp_path: Path) -> None:
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t"))
+    for step in (100, 200):
+        save_checkpoint(tmp_path, encoder, {}, step=step, identity="x", num_kept=2)
+    (tmp_path / "checkpoints" / "step_000200" / "training_state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, encoder, {}, step=110, identity="x", num_kept=1)
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert checkpoint.step == 110
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, encoder, {}, step=step, identity="x", num_kept=1)
+    checkpoint = load_newest_checkpoint(tmp_path, identity="x")
+    assert checkpoint is not None
+    assert checkpoint.step == 1_000_000
+
+
+def test_a_checkpoint_of_a_newer_program_is_not_taken_for_damage(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path, create_encoder(EncoderSettings(backbone="resnet10t")), {}, step=1, identity="x", num_kept=1
+    )
+    manifest = tmp_path / "checkpoints" / "step_000001" / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**tree, "format_version": 99, "a_new_field": 1}))
+    with pytest.raises(ArtifactError, match="Upgrade lookalike"):
+        load_newest_checkpoint(tmp_path, identity="x")

@@ -65,3 +65,22 @@ def test_a_dry_run_refuses_what_validation_could_not_look_at(
         main([str(tmp_path / "settings.yaml"), "--dry-run"])
     assert refused.value.code == 2
     assert "no two of one class" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_a_backbone_that_there_is_not(
+    shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {
+        "shards": str(shards_folder),
+        "run": str(tmp_path / "run"),
+        "num_steps": 2,
+        "batch": {"classes_per_batch": 2},
+        "encoder": {"backbone": "resnet10tt"},
+        "optimizer": {"lr": 0.1},
+    }
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    for name, code in (("resnet10tt", 2), ("resnet10t", 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / "settings.yaml"), f"encoder.backbone={name}", "--dry-run"])
+        assert ended.value.code == code
+    assert "no model named 'resnet10tt'. Near names: resnet10t," in capsys.readouterr().err

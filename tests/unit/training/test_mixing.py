@@ -5,10 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
+from tests.unit.training.small_runs import CLASSES
+from training.loss_registry import create_loss
+from training.loss_settings import LossSettings
 from training.losses import mixing_coefficients, mixing_pairs
 from training.losses.mixing import draw_mixing, mix
-from training.losses.recall_at_k import surrogate_floor
+from training.losses.recall_at_k import recall_at_k_with_gradient, surrogate_floor
+from training.losses.smooth_ap import smooth_average_precision_with_gradient
 
 LABELS = torch.tensor([7, 2, 7, 5, 2, 9, 7, 2, 5, 3, 7, 7])
 
@@ -177,3 +182,22 @@ def test_floor_of_a_batch_with_some_pairs_mixed_counts_those():
 def test_bad_mixing_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         draw_mixing(LABELS, **({"seed": 0, "step": 0} | options))
+
+
+@pytest.mark.parametrize("name", ["recall_at_k", "smooth_ap"])
+def test_mixing_some_pairs_is_the_loss_of_these_pairs(name: str) -> None:
+    tree = {"name": name, "mixes_similarities": True, "mixing": {"share": 0.5, "beta": [2.0, 2.0]}}
+    loss = create_loss(TypeAdapter(LossSettings).validate_python(tree), dim=8, classes=CLASSES, seed=3)
+    labels = torch.arange(24) // 4
+    embeddings = torch.nn.functional.normalize(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    mixing = draw_mixing(labels, seed=3, step=7, share=0.5, beta=(2.0, 2.0))
+    assert 0 < len(mixing.pairs) < len(mixing_pairs(labels))
+    function = recall_at_k_with_gradient if name == "recall_at_k" else smooth_average_precision_with_gradient
+    expected = function(embeddings, labels, rank_temperature=0.01, mixing=mixing)
+    found = loss(embeddings, labels, share=(0, 1), step=7)
+    assert torch.equal(found.loss, expected.loss)
+    assert expected.gradient is not None
+    assert torch.equal(found.gradient, expected.gradient)
+    floor = surrogate_floor(labels, mixing=mixing) if name == "recall_at_k" else 0.0
+    assert loss.floor(labels, step=7) == floor
+    assert floor <= float(found.loss)

@@ -55,6 +55,17 @@ def test_what_is_written_into_the_run_folder_reads_back_the_same() -> None:
         (["optimizer.warmup_steps=10"], "warmup_steps must stay below"),
         (["optimizer.warmup_steps=1", "optimizer.warmup_epochs=1"], "not both"),
         (["optimizer.schedule=step"], "needs decay_every"),
+        (
+            ["optimizer.schedule=step", "optimizer.milestones=[3, 10]"],
+            r"milestones: 10 must stay below num_steps \(10\)",
+        ),
+        (
+            [
+                *("num_steps=0", "num_epochs=7", "optimizer.schedule=step"),
+                *("optimizer.unit=epoch", "optimizer.milestones=[3, 9]"),
+            ],
+            r"milestones: 9 must stay below num_epochs \(7\)",
+        ),
         (["optimizer.decay_every=3"], "no effect with schedule cosine"),
         (["optimizer.decay_factor=0.5"], "no effect with schedule cosine"),
         (["optimizer.momentum=0.9"], "no such setting"),
