@@ -3,6 +3,7 @@
 lookalike demo; lookalike serve --index demo_run/index                   the server, in another terminal
 python benchmarks/page_pictures.py http://127.0.0.1:8000 --class lion    ten seconds
 
+Where the index has an earlier version, such as one of demo_run/embeddings/frozen, one more picture compares the two.
 Needs selenium (extra [dev]), chromium and chromedriver. What they show is found by the server then and there.
 """
 
@@ -39,6 +40,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with ApiClient(arguments.url) as client:
         page = client.items(filter={"column": "class_name", "equals": arguments.class_name}, limit=1)
+        indexes = client.versions()
+        others = [one.version for one in indexes.versions if one.version != indexes.served]
     if not page.items:
         raise SystemExit(f"{arguments.url} has no picture of class {arguments.class_name!r}.")
     address = f"{arguments.url}/?id={page.items[0].id}"
@@ -47,6 +50,9 @@ def main() -> None:
         try:
             take(browser, address, arguments.save / "search_page.png", DESKTOP, "light")
             take_crop(browser, address, arguments.save / "search_page_crop.png")
+            for version in others[-1:]:
+                file = arguments.save / "search_page_versions.png"
+                take(browser, f"{address}&with={version}", file, DESKTOP, "light")
         finally:
             browser.quit()
     with tempfile.TemporaryDirectory() as profile:

@@ -18,6 +18,7 @@ def search_on_server(
     parameters: SearchParameters,
     *,
     rerank_by: RerankSettings | None = None,
+    version: str | None = None,
     api_key: str | None = None,
 ) -> list[dict[str, Any]]:
     """As `search_with_pictures` of an index on this machine.
@@ -44,6 +45,7 @@ def search_on_server(
                 filter=condition,
                 rerank=method,
                 include=("metadata",),
+                version=version,
             )
             answers.append({"picture": str(picture), "hits": [_entry(hit) for hit in answer.hits]})
     return answers

@@ -2,7 +2,7 @@
 
 import base64
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -31,15 +31,33 @@ class RecallPoint:
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Bounds of one request."""
+    """Bounds of one request, and of what waits in one process of the server: beyond, requests are refused at once."""
 
     max_body_bytes: int
+    max_body_seconds: float  # until a body has come in
     max_pixels: int  # of a picture, width times height
+    max_side: int  # of a picture, the longer one, in pixels
+    min_side: int  # the shorter one
+    formats: tuple[str, ...]  # of pictures that are opened, such as "JPEG"
     max_k: int
     max_shortlist: int
     max_items: int
     max_queries: int  # of a batch
     max_parts: int  # of a query
+    max_compared_versions: int  # open beside the one that serves; 0: searches may name no other
+    max_batch: int  # queries that the server works on together
+    max_waiting_pictures: int
+    max_waiting_searches: int
+    max_waiting_reads: int  # lists, items, files of pictures
+    max_wait_seconds: float  # that a search may be expected to take
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRateLimit:
+    """How much one client may ask of each process of the server."""
+
+    requests_per_second: float
+    burst: int  # at once, after it was silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,7 @@ class ServerInfo:
     encoder_fingerprint: str | None  # None where the index was made of vectors, without their encoder
     transform_fingerprint: str | None  # how pictures were prepared for it
     takes_pictures: bool  # else only vectors and ids are searched with
+    takes_urls: bool  # whether a search may name pictures by address
     num_vectors: int
     dim: int
     default_effort: Effort
@@ -61,6 +80,8 @@ class ServerInfo:
     rerank_methods: tuple[str, ...]
     has_pictures: bool
     limits: ServerLimits
+    rate_limit: ServerRateLimit | None  # None where this client is not counted
+    scopes: tuple[Literal["read", "write"], ...]  # what this client may do
     versions: dict[str, str]
 
 

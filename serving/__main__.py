@@ -1,7 +1,6 @@
 """Commands: serve; serve keys ..."""
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +57,6 @@ def serve(
     from serving.server import serve as serve_until_stopped
 
     set_log_format(settings.observability.log_format)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It warns of every form that is malformed.
 
     def announce(server: "RunningServer") -> None:
         result = {

@@ -3,13 +3,11 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware import Middleware
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic.json_schema import models_json_schema
 
 from lookalike.artifacts import versions
 from serving import routes
@@ -21,10 +19,11 @@ from serving.observability.metrics import ServingMetrics
 from serving.observability.observed_requests import ObservedRequests
 from serving.observability.tracing import open_tracing
 from serving.observability.watching import EngineState, watched
+from serving.openapi import complete_openapi
 from serving.problems import add_problem_handlers
 from serving.safety.api_keys import Gate, open_keys
+from serving.safety.key_file import KeyRing
 from serving.safety.url_fetching import PictureFetcher
-from serving.schemas.documented import DOCUMENTED_MODELS
 from serving.settings import ServingSettings
 
 _PAGE_FOLDER = Path(__file__).parent / "page"
@@ -44,7 +43,7 @@ def create_app(engine: QueryEngine, settings: ServingSettings, metrics: ServingM
     Args:
         metrics: Those that the engine reports to.
     """
-    told = metrics or ServingMetrics()
+    told, keys = metrics or ServingMetrics(), open_keys(settings)
     tracing = open_tracing(sends_traces=settings.observability.sends_traces)
 
     @asynccontextmanager
@@ -65,10 +64,10 @@ def create_app(engine: QueryEngine, settings: ServingSettings, metrics: ServingM
         # The stock documentation pages load scripts from elsewhere, which our content-security policy forbids.
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(ObservedRequests, metrics=told, tracing=tracing), *_middleware(settings)],
+        middleware=[Middleware(ObservedRequests, metrics=told, tracing=tracing), *_middleware(settings, keys)],
         lifespan=lifespan,
     )
-    app.state.engine, app.state.limits, app.state.is_ready = engine, settings.limits, False
+    app.state.engine, app.state.settings, app.state.is_ready = engine, settings, False
     app.state.fetcher = PictureFetcher(settings.urls)
     add_problem_handlers(app)
     app.include_router(routes.api)
@@ -76,11 +75,11 @@ def create_app(engine: QueryEngine, settings: ServingSettings, metrics: ServingM
     app.add_api_route("/metrics", lambda: metrics_response(told.registry), include_in_schema=False)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/page", StaticFiles(directory=_PAGE_FOLDER))
-    _complete_openapi(app)
+    complete_openapi(app, settings, requires_keys=keys is not None)
     return app
 
 
-def _middleware(settings: ServingSettings) -> list[Middleware]:
+def _middleware(settings: ServingSettings, keys: KeyRing | None) -> list[Middleware]:
     """Outermost first."""
     layers = [Middleware(RequestEnvelope)]
     if is_loopback(settings.host):
@@ -88,7 +87,7 @@ def _middleware(settings: ServingSettings) -> list[Middleware]:
     limits = settings.limits
     return [
         *layers,
-        Middleware(Gate, settings=settings, keys=open_keys(settings)),
+        Middleware(Gate, settings=settings, keys=keys),
         Middleware(
             BodyLimit,
             max_bytes=limits.max_body_bytes,
@@ -116,21 +115,3 @@ def _state_of(engine: QueryEngine) -> EngineState:
 
 async def _page() -> FileResponse:
     return FileResponse(_PAGE_FOLDER / "index.html")
-
-
-def _complete_openapi(app: FastAPI) -> None:
-    """Adds the models that routes refer to by name, because they read their bodies themselves."""
-    generate = app.openapi
-
-    def complete() -> dict[str, Any]:
-        is_complete = app.openapi_schema is not None
-        document = generate()
-        if not is_complete:
-            _, definitions = models_json_schema(
-                DOCUMENTED_MODELS,
-                ref_template="#/components/schemas/{model}",
-            )
-            document["components"]["schemas"].update(definitions["$defs"])
-        return document
-
-    app.openapi = complete  # type: ignore[method-assign]

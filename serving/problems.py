@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from lookalike.errors import DecodeError
 from serving.engine.errors import (
+    ComparisonOffError,
     EncoderUnavailableError,
     IdTakenError,
     OverloadedError,
@@ -23,13 +24,17 @@ from serving.engine.errors import (
     UnsearchableFilterError,
     UnsearchableRegionError,
     UnsearchableVectorError,
+    VersionRefusedError,
+    VersionUnavailableError,
 )
 from serving.safety.rate_limit import retry_after
 from serving.schemas.problems import FieldError, ProblemDetails
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MOST_ERRORS = 20
+_RETRY_SECONDS = "10"  # after a version could not be opened
 _LONGEST_FIELD_NAME = 100
+_CHALLENGE, _PAUSE = "WWW-Authenticate", "Retry-After"
 # What pydantic puts before the words of a ValueError.
 _VALUE_ERROR = "Value error, "
 
@@ -38,6 +43,7 @@ _VALUE_ERROR = "Value error, "
 class ProblemKind:
     status: int
     fix: str
+    header: str | None = None  # that always comes with it
 
 
 # Clients branch on these codes: a code is never renamed, and never gets another status.
@@ -47,12 +53,14 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "request.refused": ProblemKind(400, "See /openapi.json for what this server understands."),
     "host.not_allowed": ProblemKind(421, "Open the address that the server printed; a proxy must send it as Host."),
     "origin.not_allowed": ProblemKind(403, "Change the gallery from the server's own page, or from a program."),
-    "key.missing": ProblemKind(401, "Send `Authorization: Bearer KEY`; the server's operator makes keys."),
-    "key.unknown": ProblemKind(401, "Check the key for missing characters, or ask the server's operator for one."),
-    "key.lacks_scope": ProblemKind(403, "Use a key with the scope that the detail names."),
+    "key.missing": ProblemKind(401, "Send `Authorization: Bearer KEY`; the server's operator makes keys.", _CHALLENGE),
+    "key.unknown": ProblemKind(
+        401, "Check the key for missing characters, or ask the server's operator for one.", _CHALLENGE
+    ),
+    "key.lacks_scope": ProblemKind(403, "Use a key with the scope that the detail names.", _CHALLENGE),
     "writes.off": ProblemKind(403, "Start the server with keys, or with allows_writes, to add and delete."),
-    "rate.exceeded": ProblemKind(429, "Wait as long as Retry-After says; send fewer requests a second."),
-    "server.busy": ProblemKind(503, "Try again as soon as Retry-After says."),
+    "rate.exceeded": ProblemKind(429, "Wait as long as Retry-After says; send fewer requests a second.", _PAUSE),
+    "server.busy": ProblemKind(503, "Try again as soon as Retry-After says.", _PAUSE),
     "route.unknown": ProblemKind(404, "See /openapi.json for the routes of this server."),
     "method.not_allowed": ProblemKind(405, "Use a method named in the Allow header."),
     "body.too_large": ProblemKind(413, "Send a smaller picture; /v1/info tells the limit."),
@@ -62,7 +70,7 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "url.unreachable": ProblemKind(422, "Check that the address shows the picture, or send the picture itself."),
     "url.too_large": ProblemKind(413, "Name a smaller picture."),
     "url.too_slow": ProblemKind(422, "Try again, or send the picture itself."),
-    "body.unsupported_type": ProblemKind(415, "Send a type that the Accept-Post header names."),
+    "body.unsupported_type": ProblemKind(415, "Send a type that the Accept-Post header names.", "Accept-Post"),
     "image.empty": ProblemKind(422, "Send the bytes of a picture."),
     "image.not_an_image": ProblemKind(415, "Send a picture, such as a JPEG, PNG or WebP file."),
     "image.format_not_allowed": ProblemKind(415, "Save the picture as JPEG, PNG or WebP and send that."),
@@ -84,9 +92,10 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "item.unfit": ProblemKind(422, "Correct the metadata or the id; /v1/info names the columns that there are."),
     "version.unknown": ProblemKind(404, "Take a version from GET /v1/indexes."),
     "version.refused": ProblemKind(409, "Choose another version, or build one that goes with what the detail names."),
-    "index.busy": ProblemKind(503, "Try again as soon as Retry-After says."),
-    "server.overloaded": ProblemKind(429, "Try again as soon as Retry-After says."),
-    "server.not_ready": ProblemKind(503, "Try again shortly; /readyz tells when the server is ready."),
+    "version.off": ProblemKind(422, "Leave `version` out; this server searches only the version that serves."),
+    "index.busy": ProblemKind(503, "Try again as soon as Retry-After says.", _PAUSE),
+    "server.overloaded": ProblemKind(429, "Try again as soon as Retry-After says.", _PAUSE),
+    "server.not_ready": ProblemKind(503, "Try again shortly; /readyz tells when the server is ready.", _PAUSE),
     "server.error": ProblemKind(500, "Try again; if it persists, give the request id to the server's operator."),
 }
 
@@ -175,6 +184,12 @@ def problem_of(error: Exception) -> Problem:
             return Problem("item.unfit", str(error))
         case UnknownVersionError():
             return Problem("version.unknown", str(error))
+        case VersionRefusedError():
+            return Problem("version.refused", str(error))
+        case VersionUnavailableError():
+            return Problem("index.busy", str(error), headers={"Retry-After": _RETRY_SECONDS})
+        case ComparisonOffError():
+            return Problem("version.off", str(error))
         case OverloadedError(retry_after_seconds=seconds):
             return Problem("server.overloaded", str(error), headers={"Retry-After": retry_after(seconds)})
         case PicturesUnavailableError():
@@ -209,6 +224,9 @@ def add_problem_handlers(app: FastAPI) -> None:
         IdTakenError,
         UnfitItemError,
         UnknownVersionError,
+        VersionRefusedError,
+        VersionUnavailableError,
+        ComparisonOffError,
         OverloadedError,
         PicturesUnavailableError,
     ):

@@ -23,7 +23,7 @@ _MOST_FORM_FIELDS = 16
 _MOST_COMMAS = LONGEST_VECTOR + 64
 _MOST_BYTES_ON_THE_LOOP = 64 << 10
 # What a search by the numbers of a vector has beside them, in its address.
-ADDRESS_FIELDS = ("k", "exact", "recall", "filter", "rerank", "include")
+ADDRESS_FIELDS = ("k", "exact", "recall", "filter", "rerank", "include", "version")
 
 Model = TypeVar("Model", bound=RequestModel)
 

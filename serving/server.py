@@ -73,6 +73,7 @@ def serve(settings: ServingSettings, *, on_ready: Callable[[RunningServer], None
 
 def serve_on(listener: socket.socket, settings: ServingSettings, on_ready: Callable[[RunningServer], None]) -> None:
     """Serves in this process on a bound socket; raises ArtifactError as `serve` does."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # It warns of every form that is malformed.
     cores = max(1, num_cores() // settings.num_processes)
     vectors_only = settings.engine.vectors_only or not _has_encoder(settings.index)
     if vectors_only and "torch" not in sys.modules:

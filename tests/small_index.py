@@ -8,6 +8,7 @@ from numpy import ndarray
 
 from indexing.building.build import build_index
 from indexing.living.live_index import LiveIndex
+from indexing.living.live_view import LiveView
 from indexing.settings import IndexSettings
 from indexing.sources.arrays import ArraySource
 
@@ -35,7 +36,7 @@ def build(folder: Path, *, first_seed: int = 0, first_id: int = 0, dim: int = DI
     ).version
 
 
-def content(index: LiveIndex) -> dict[int, tuple[bytes, str]]:
+def content(index: LiveIndex | LiveView) -> dict[int, tuple[bytes, str]]:
     """id -> vector and key."""
     ids = index.ids()
     rows = index.metadata_of(ids)

@@ -46,6 +46,10 @@ def search(
         str | None,
         typer.Option(help="Look at the first hits again: a method's name, such as k_reciprocal, or its settings."),
     ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(help="Search this version, one that `lookalike index versions` lists, and not the current one."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the nearest pictures of an index, best first."""
@@ -61,24 +65,29 @@ def search(
     if url is not None:
         from indexing.remote_search import search_on_server
 
-        answers = search_on_server(url, paths, parameters, rerank_by=method, api_key=key)
+        answers = search_on_server(url, paths, parameters, rerank_by=method, version=version, api_key=key)
     else:
         index, *pictures = paths
         if not pictures:
             raise SettingsError(f"nothing to search with: give pictures after the index {index}, or --url.")
-        answers = _search_here(index, pictures, parameters, method)
+        answers = _search_here(index, pictures, parameters, method, version)
     print_result({"answers": answers}, as_json=as_json, lines=lambda: list(_lines(answers)))
 
 
 def _search_here(
-    index: Path, pictures: Sequence[Path], parameters: "SearchParameters", method: "RerankSettings | None"
+    index: Path,
+    pictures: Sequence[Path],
+    parameters: "SearchParameters",
+    method: "RerankSettings | None",
+    version: str | None,
 ) -> list[dict[str, Any]]:
     from indexing.living.live_index import LiveIndex
     from indexing.picture_search import search_with_pictures
 
     live_index = LiveIndex.open(index)
     try:
-        return search_with_pictures(live_index.view(), pictures, parameters, rerank_by=method)
+        view = live_index.view() if version is None else live_index.open_version(version)
+        return search_with_pictures(view, pictures, parameters, rerank_by=method)
     finally:
         live_index.close()
 

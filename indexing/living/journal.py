@@ -286,19 +286,25 @@ class JournalTransaction:
         self.set_fact("next_id", first + count)
         return range(first, first + count)
 
-    def put(self, entries: Sequence[Entry], *, encoder: str | None) -> None:
-        """Adds each entry, or replaces what its id holds; a picture goes with the entry it came with."""
+    def put(self, entries: Sequence[Entry], *, encoder: str | None) -> list[Change]:
+        """Adds each entry, or replaces what its id holds; a picture goes with the entry it came with.
+
+        Returns what a reader will find.
+        """
+        changes = []
         for entry, sequence in zip(entries, self._next_sequences(len(entries)), strict=True):
+            blob, text = entry.vector.astype("<f4").tobytes(), json.dumps(dict(entry.metadata))
             self._connection.execute(
-                "INSERT INTO changes VALUES (?, ?, ?, ?, ?)",
-                (sequence, entry.id, entry.vector.astype("<f4").tobytes(), json.dumps(dict(entry.metadata)), encoder),
+                "INSERT INTO changes VALUES (?, ?, ?, ?, ?)", (sequence, entry.id, blob, text, encoder)
             )
+            changes.append(Change(sequence, entry.id, _vector(blob), json.loads(text), encoder))
             self._forget_picture(entry.id)
             if entry.picture is not None:
                 self._connection.execute(
                     "INSERT INTO pictures VALUES (?, ?, ?)", (entry.id, entry.picture.content, entry.picture.address)
                 )
         self._keep_ids_below_next([entry.id for entry in entries])
+        return changes
 
     def delete(self, ids: Sequence[int]) -> None:
         for identifier, sequence in zip(ids, self._next_sequences(len(ids)), strict=True):

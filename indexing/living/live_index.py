@@ -5,8 +5,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from numpy import ndarray
 
 from indexing import versions
 from indexing.living.delta import metadata_table
-from indexing.living.journal import Entry, Journal, StoredPicture
+from indexing.living.journal import Change, ChangesRead, Entry, Journal, JournalTransaction, StoredPicture
 from indexing.living.live_view import LiveView
 from indexing.published_index import PublishedIndex
 from indexing.settings import IndexSettings
-from lookalike.errors import ArtifactError, LookalikeError, ManifestMismatch
+from lookalike.errors import ArtifactError, LookalikeError, ManifestMismatch, ResourceError
 from lookalike.records import SearchHits, SearchParameters
 
 Ids = Sequence[int | np.integer] | Int64[ndarray, "ids"]
@@ -146,18 +147,7 @@ class LiveIndex:
             ValueError: vectors, ids or metadata do not fit; nothing was added.
             ResourceError: the journal is locked, or cannot be written; nothing was added.
         """
-        given = None if ids is None else _checked_ids(ids)
-        with self.journal.writing() as transaction:
-            view = self._view_to_change()
-            transaction.start_after(view.sequence, next_id=_id_after(view))
-            chosen = given
-            if chosen is None:
-                chosen = np.array(transaction.assign_ids(len(vectors)), np.int64)
-            elif taken := chosen[view.holds(chosen)].tolist():
-                raise ValueError(f"id {taken[0]} is in use: replace what it holds, or choose another id")
-            transaction.put(_entries(view, chosen, vectors, metadata, pictures), encoder=_encoder_of(view))
-        self.view()
-        return chosen
+        return self.put(vectors, metadata, ids=ids, pictures=pictures)[0]
 
     def replace(
         self,
@@ -174,13 +164,46 @@ class LiveIndex:
             ValueError: vectors, ids or metadata do not fit; nothing was replaced.
             ResourceError: the journal is locked, or cannot be written; nothing was replaced.
         """
-        chosen = _checked_ids(ids)
-        with self.journal.writing() as transaction:
-            view = self._view_to_change()
-            transaction.start_after(view.sequence, next_id=_id_after(view))
-            view.require(chosen)
-            transaction.put(_entries(view, chosen, vectors, metadata, pictures), encoder=_encoder_of(view))
-        self.view()
+        self.put(vectors, metadata, ids=ids, pictures=pictures, replaces=True)
+
+    def put(
+        self,
+        vectors: Float[ndarray, "n vector_dim"],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        ids: Ids | None = None,
+        pictures: Sequence[StoredPicture | None] | None = None,
+        replaces: bool = False,
+        made_for: LiveView | None = None,
+    ) -> tuple[Int64[ndarray, "n"], LiveView]:
+        """`add`, or `replace` where it `replaces`; raises as they do.
+
+        Args:
+            made_for: The view whose encoder made the vectors; None: that is not checked.
+
+        Returns:
+            The ids, and the index with this change and none after it, whatever others do meanwhile.
+
+        Raises:
+            ResourceError: a version of another encoder than that of `made_for` is current; nothing was changed.
+        """
+        given = None if ids is None else _checked_ids(ids)
+        with self._changing() as (transaction, view):
+            if made_for is not None and _encoder_of(made_for) != _encoder_of(view):
+                raise ResourceError(
+                    f"version {view.base.version}, of another encoder, has replaced {made_for.base.version}, for "
+                    "which the vectors were made. Make them anew, and try again."
+                )
+            chosen = given
+            if chosen is None:
+                chosen = np.array(transaction.assign_ids(len(vectors)), np.int64)
+            elif replaces:
+                view.require(chosen)
+            elif taken := chosen[view.holds(chosen)].tolist():
+                raise ValueError(f"id {taken[0]} is in use: replace what it holds, or choose another id")
+            entries = _entries(view, chosen, vectors, metadata, pictures)
+            changes = transaction.put(entries, encoder=_encoder_of(view))
+        return chosen, self._take_in(view, changes)
 
     def delete(self, ids: Ids) -> None:
         """Takes pictures out; as durable as additions, and no search that begins after finds them.
@@ -191,9 +214,7 @@ class LiveIndex:
             ResourceError: the journal is locked, or cannot be written; nothing was deleted.
         """
         chosen = _checked_ids(ids)
-        with self.journal.writing() as transaction:
-            view = self._view_to_change()
-            transaction.start_after(view.sequence, next_id=_id_after(view))
+        with self._changing() as (transaction, view):
             view.require(chosen)
             transaction.delete([int(i) for i in chosen])
         self.view()
@@ -222,6 +243,27 @@ class LiveIndex:
             versions.publish(self.folder, version)
             self._install(view)
 
+    def open_version(self, version: str) -> LiveView:
+        """What the index would hold at this moment if `version` were published; nothing is changed over.
+
+        Raises:
+            ArtifactError: there is no such version, or it could not be published.
+        """
+        versions.details_of(self.folder, version)
+        with self._swap_lock:
+            return self._open(version)
+
+    def brought_up_to_date(self, view: LiveView) -> LiveView:
+        """A view that `open_version` returned, and what the journal got since.
+
+        Raises:
+            ArtifactError: the version could not be published any more.
+        """
+        # Read before it is judged: then nothing of what is judged to be there can have left the journal before.
+        read = self.journal.changes_after(view.sequence)
+        versions.require_fit_for_changes(self.folder, view.base.manifest.details, version=view.base.version)
+        return view.after(read)
+
     def rollback(self) -> str:
         """Publishes the version before the current one, and returns its name."""
         version = versions.version_before(self.folder, versions.current_version(self.folder))
@@ -240,12 +282,28 @@ class LiveIndex:
         """As `compact`, at once returning what will hold its result."""
         return self._compactions.submit(self.compact, settings, keep_versions=keep_versions)
 
-    def _view_to_change(self) -> LiveView:
-        """The view that a change is judged by; nobody else can change anything until the transaction ends."""
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[JournalTransaction, LiveView]]:
+        """A transaction, and what it changes; nobody else can change anything until it ends."""
+        self._serve_current()  # now, because opening a version takes long, and others wait for the journal
+        with self.journal.writing() as transaction:
+            self._serve_current()
+            with self._view_lock:
+                view = self._catch_up()
+            transaction.start_after(view.sequence, next_id=_id_after(view))
+            yield transaction, view
+
+    def _serve_current(self) -> None:
         if versions.current_version(self.folder) != self._view.base.version:
             self.refresh()
+
+    def _take_in(self, view: LiveView, changes: Sequence[Change]) -> LiveView:
+        """The view with the changes that were made to it; searches see them without reading the journal."""
         with self._view_lock:
-            return self._catch_up()
+            after = view.after(ChangesRead(changes, changes[-1].sequence if changes else view.sequence, 0))
+            if self._view is view:
+                self._view = after
+            return after
 
     def _catch_up(self) -> LiveView:
         """Takes in what the journal got since; the caller holds the view's lock."""

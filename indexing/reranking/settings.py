@@ -4,9 +4,11 @@ Defaults gain a little where a query has a handful of relevant pictures, and har
 measures them on such a collection beside the papers' values, which were chosen where there are dozens or hundreds.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lookalike.errors import SettingsError
 from lookalike.settings import Settings
@@ -93,8 +95,6 @@ METHODS: tuple[type[Settings], ...] = (
 )
 METHOD_NAMES = tuple(str(method.model_fields["name"].default) for method in METHODS)
 
-_READER: TypeAdapter[Any] = TypeAdapter(RerankSettings)
-
 
 def parse_rerank(method: str | dict[str, Any]) -> RerankSettings:
     """A method's name, which stands for its defaults, or its settings as a tree with `name`.
@@ -102,12 +102,26 @@ def parse_rerank(method: str | dict[str, Any]) -> RerankSettings:
     Raises:
         SettingsError: there is no such method, or a setting is refused.
     """
-    tree = {"name": method} if isinstance(method, str) else method
-    if tree.get("name") not in METHOD_NAMES:
-        raise SettingsError(f"rerank: {tree.get('name')!r} is not one of {', '.join(METHOD_NAMES)}.")
     try:
-        return _READER.validate_python(tree)
+        return read_rerank({"name": method} if isinstance(method, str) else method)
     except ValidationError as error:
-        # The first part of a location is the method's name, which the union puts there.
-        lines = [f"{'.'.join(map(str, entry['loc'][1:]))}: {entry['msg']}" for entry in error.errors()]
+        lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
         raise SettingsError(f"rerank: {'; '.join(lines)}.") from None
+
+
+def read_rerank(tree: Mapping[str, Any]) -> RerankSettings:
+    """The settings of the method that the tree's `name` says; raises ValidationError, which says what there is."""
+    method = next((one for one in METHODS if one.model_fields["name"].default == tree.get("name")), None)
+    if method is None:
+        raise _refusal("name", f"must be one of {', '.join(METHOD_NAMES)}")
+    known = list(method.model_fields)
+    for name in tree:
+        if name not in known:
+            raise _refusal(name, f"there is no such setting; {tree['name']} has {', '.join(known[1:])}")
+    settings: Any = method.model_validate(tree, strict=True)
+    return settings
+
+
+def _refusal(field: str, message: str) -> ValidationError:
+    error = PydanticCustomError("rerank", "{message}", {"message": message})
+    return ValidationError.from_exception_data("rerank", [{"type": error, "loc": (field,), "input": None}])

@@ -68,9 +68,12 @@ class AsyncApiClient:
         rerank: str | JsonObject | None = None,
         include_self: bool = False,
         include: Sequence[Extra] | None = None,
+        version: str | None = None,
     ) -> SearchAnswer:
         """See `ApiClient.search`."""
-        query = SearchQuery(image, url, id, vector, roi, parts, k, exact, recall, filter, rerank, include_self, include)
+        query = SearchQuery(
+            image, url, id, vector, roi, parts, k, exact, recall, filter, rerank, include_self, include, version
+        )
         return await self._answer(calls.search(query))
 
     async def search_batch(self, queries: Sequence[SearchQuery]) -> tuple[SearchAnswer | ApiProblem, ...]:

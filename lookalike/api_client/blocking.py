@@ -82,6 +82,7 @@ class ApiClient:
         rerank: str | JsonObject | None = None,
         include_self: bool = False,
         include: Sequence[Extra] | None = None,
+        version: str | None = None,
     ) -> SearchAnswer:
         """The nearest pictures to exactly one of `image`, `url`, `id`, `vector` and `parts`.
 
@@ -99,11 +100,14 @@ class ApiClient:
             filter: Find only pictures whose metadata fit this condition, as `lookalike.filters` reads it.
             rerank: A second look at the first hits: a method's name, or its settings with that `name`.
             include: What the answer tells beside ids and scores; None: metadata and timings.
+            version: Of the index, which need not serve and does not change over; None: the one that serves.
 
         Raises:
             ValueError: none or several are given, or numbers are not finite.
         """
-        query = SearchQuery(image, url, id, vector, roi, parts, k, exact, recall, filter, rerank, include_self, include)
+        query = SearchQuery(
+            image, url, id, vector, roi, parts, k, exact, recall, filter, rerank, include_self, include, version
+        )
         return self._answer(calls.search(query))
 
     def search_batch(self, queries: Sequence[SearchQuery]) -> tuple[SearchAnswer | ApiProblem, ...]:

@@ -29,11 +29,11 @@ def info() -> Call[ServerInfo]:
 
 
 def search(query: SearchQuery) -> Call[SearchAnswer]:
-    return Call("POST", "v1/search", value_reader(SearchAnswer), query.content())
+    return Call("POST", "v1/search", value_reader(SearchAnswer), query.content() | _patience_for([query]))
 
 
 def search_batch(queries: Sequence[SearchQuery]) -> Call[tuple[SearchAnswer | ApiProblem, ...]]:
-    content = {"json": {"searches": [query.tree() for query in queries]}}
+    content = {"json": {"searches": [query.tree() for query in queries]}, **_patience_for(queries)}
     return Call("POST", "v1/search:batch", batch_results, content)
 
 
@@ -59,15 +59,16 @@ def add(
     if replace and id is None:
         raise ValueError("replace has a meaning only with id")
     fields: dict[str, Any] = {} if id is None else {"id": int(id), "replace": replace}
-    return Call("POST", "v1/items", value_reader(Item), _item_content(image, vector, metadata, fields))
+    content = _item_content(image, vector, metadata, fields)
+    return Call("POST", "v1/items", value_reader(Item), content, is_change=True)
 
 
 def replace(id: int, image: bytes | None, vector: Numbers | None, metadata: JsonObject | None) -> Call[Item]:
-    return Call("PUT", _path(id), value_reader(Item), _item_content(image, vector, metadata, {}))
+    return Call("PUT", _path(id), value_reader(Item), _item_content(image, vector, metadata, {}), is_change=True)
 
 
 def delete(id: int) -> Call[None]:
-    return Call("DELETE", _path(id), no_value)
+    return Call("DELETE", _path(id), no_value, is_change=True)
 
 
 def item_image(id: int, size: PictureSize) -> Call[bytes]:
@@ -79,19 +80,24 @@ def versions() -> Call[IndexVersions]:
 
 
 def swap(version: str) -> Call[str]:
-    return Call("POST", "v1/indexes:swap", current_version, {"json": {"version": version}, **_PATIENT})
+    content = {"json": {"version": version}, **_PATIENT}
+    return Call("POST", "v1/indexes:swap", current_version, content, is_change=True)
 
 
 def rollback() -> Call[str]:
-    return Call("POST", "v1/indexes:rollback", current_version, _PATIENT)
+    return Call("POST", "v1/indexes:rollback", current_version, _PATIENT, is_change=True)
 
 
 def compact() -> Call[str]:
-    return Call("POST", "v1/indexes:compact", current_version, _PATIENT)
+    return Call("POST", "v1/indexes:compact", current_version, _PATIENT, is_change=True)
 
 
 def readiness() -> Call[bool]:
     return Call("GET", "readyz", is_ready, is_asked_again=False)
+
+
+def _patience_for(queries: Sequence[SearchQuery]) -> dict[str, Any]:
+    return _PATIENT if any(query.version is not None for query in queries) else {}
 
 
 def _path(id: int) -> str:

@@ -67,6 +67,7 @@ class Call(Generic[Value]):
     read: Callable[[httpx2.Response], Value]
     content: Mapping[str, Any] = field(default_factory=dict)  # arguments of httpx2's `request`
     is_asked_again: bool = True
+    is_change: bool = False  # of the server's state
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,9 @@ def patience(settings: ApiClientSettings, call: Call[Value]) -> dict[str, Any]:
         error, response = _outcome(state)
         if response is None:
             return isinstance(error, _NOBODY_LISTENS)
+        # The server's own refusal says that nothing was begun; a proxy's may come after the server did what was asked.
+        if call.is_change and not _is_problem(response):
+            return False
         wish = _wished_pause_seconds(response)
         return response.status_code in _ASK_AGAIN and (wish is None or wish <= settings.longest_pause_seconds)
 
@@ -136,6 +140,10 @@ def _outcome(state: tenacity.RetryCallState) -> tuple[BaseException | None, http
     assert state.outcome is not None
     error = state.outcome.exception()
     return error, None if error else state.outcome.result()
+
+
+def _is_problem(response: httpx2.Response) -> bool:
+    return bool(response.headers.get("content-type", "").startswith("application/problem+json"))
 
 
 def _wished_pause_seconds(response: httpx2.Response) -> float | None:

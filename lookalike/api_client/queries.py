@@ -50,6 +50,7 @@ class SearchQuery:
     rerank: str | JsonObject | None = None
     include_self: bool = False
     include: Sequence[Extra] | None = None
+    version: str | None = None
 
     def __post_init__(self) -> None:
         _require_one(_given(self, (*_KINDS, "parts")), "image, url, id, vector and parts")
@@ -88,7 +89,7 @@ class SearchQuery:
 
     def _how(self) -> dict[str, Any]:
         how: dict[str, Any] = {"k": self.k, "exact": self.exact}
-        for name in ("recall", "filter", "rerank"):
+        for name in ("recall", "filter", "rerank", "version"):
             if getattr(self, name) is not None:
                 how[name] = getattr(self, name)
         if self.include_self:

@@ -39,17 +39,21 @@ class Admission:
         return self._seconds_busy / self._num_done if self._num_done else 0.0
 
     @contextmanager
-    def entering(self, count: int = 1, *, deadline_seconds: float | None = None) -> Iterator[None]:
+    def entering(
+        self, count: int = 1, *, deadline_seconds: float | None = None, may_be_refused: bool = True
+    ) -> Iterator[None]:
         """
         Args:
             count: Of what comes in together and leaves together.
             deadline_seconds: From now; None: the bound that holds for everybody.
+            may_be_refused: False where too much was done for it already: it counts, and others are refused.
 
         Raises:
             OverloadedError: there is no room, or it would take too long.
         """
         with self._lock:
-            self._require_room(count, deadline_seconds)
+            if may_be_refused:
+                self._require_room(count, deadline_seconds)
             if not self._num_inside:
                 self._counted_until = self._clock()
             self._num_inside += count

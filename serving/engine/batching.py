@@ -134,6 +134,7 @@ class Batcher(Generic[Job, Result]):
                 batch = self._take()
             if batch:
                 self._work_on(batch)
+            del batch  # or a thread that is idle keeps the version in memory that it last searched
 
     def _wait_for_more(self) -> None:
         due = self._waiting[0].since + self._max_wait_seconds

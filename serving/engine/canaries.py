@@ -4,15 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.decode import DecodeLimits, decode_image
+from data_pipelines.decode import ANY_PICTURE, decode_image
 from data_pipelines.transforms import EvaluationTransform
 from indexing.published_index import PublishedIndex
 from lookalike.errors import DecodeError, ManifestMismatch
 from serving.engine.embedder import Embedder
 
 LEAST_COSINE = 0.999  # of one picture embedded twice: other devices and precisions stay well above
-# Pictures in shards were decoded within the limits of those shards, whatever a server allows its clients.
-_ANY_PICTURE = DecodeLimits(max_pixels=1 << 32, max_side=1 << 20, max_bytes=1 << 31)
 
 
 def require_same_vectors(index: PublishedIndex, encoder: Embedder, picture_of: Callable[[int], bytes | None]) -> int:
@@ -32,7 +30,7 @@ def require_same_vectors(index: PublishedIndex, encoder: Embedder, picture_of: C
         if picture is None:
             continue
         try:
-            pixels = transform(decode_image(picture, limits=_ANY_PICTURE))
+            pixels = transform(decode_image(picture, limits=ANY_PICTURE))
         except DecodeError:
             continue  # `index check` tells of damaged shards; this is about the encoder
         [vector], [stored] = encoder.embed([pixels]), index.vectors_of(np.array([identifier], np.int64))

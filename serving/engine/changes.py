@@ -54,22 +54,23 @@ class Changes:
         picture: bytes | None,
         metadata: Mapping[str, Any],
         id: int | None,
-    ) -> int:
-        """Returns the id; durable then.
+    ) -> tuple[Served, int]:
+        """Returns the id and the index with it, whatever others change meanwhile; durable then.
 
         Args:
             served: What made the vector.
         """
-        self._require_same_encoder(served)
         stored = _stored(served, picture, id)
         row = _with_size(served, dict(metadata), picture)
         try:
-            [chosen] = self._index.live.add(vector[None], [row], ids=None if id is None else [id], pictures=[stored])
+            [chosen], view = self._index.live.put(
+                vector[None], [row], ids=None if id is None else [id], pictures=[stored], made_for=served.view
+            )
         except ValueError as error:
             if id is not None and 0 <= id < 2**63 and self._holds(id):
                 raise IdTakenError(f"id {id} is in use: delete or replace it, or choose another") from error
             raise UnfitItemError(str(error)) from error
-        return int(chosen)
+        return self._index.serving(view), int(chosen)
 
     def replace(
         self,
@@ -78,13 +79,12 @@ class Changes:
         vector: Float32[ndarray, "dim"],
         picture: bytes | None,
         metadata: Mapping[str, Any] | None,
-    ) -> None:
-        """Durable when it returns.
+    ) -> Served:
+        """As `add`.
 
         Args:
             metadata: None: those it has.
         """
-        self._require_same_encoder(served)
         stored = _stored(served, picture, id)
         try:
             if metadata is None:
@@ -92,11 +92,14 @@ class Changes:
                 if picture is not None:  # of another size
                     metadata = {name: value for name, value in metadata.items() if name not in ("width", "height")}
             row = _with_size(served, dict(metadata), picture)
-            self._index.live.replace([id], vector[None], [row], pictures=[stored])
+            _, view = self._index.live.put(
+                vector[None], [row], ids=[id], pictures=[stored], replaces=True, made_for=served.view
+            )
         except KeyError as error:
             raise UnknownItemError(f"there is no picture with id {id}") from error
         except ValueError as error:
             raise UnfitItemError(str(error)) from error
+        return self._index.serving(view)
 
     def delete(self, id: int) -> None:
         """Durable when it returns."""
@@ -107,17 +110,6 @@ class Changes:
 
     def _holds(self, id: int) -> bool:
         return bool(self._index.live.view().holds(np.array([id], np.int64))[0])
-
-    def _require_same_encoder(self, served: Served) -> None:
-        """Another version may have come to serve while a picture was embedded for the one before."""
-        # What the journal would do otherwise, after this look: it writes for the version that is current on the disk.
-        self._index.live.refresh()
-        now = self._index.now()
-        if now.encoder_fingerprint != served.encoder_fingerprint:
-            raise ResourceError(
-                f"version {now.index_version}, of another encoder, has replaced {served.index_version} meanwhile. Try "
-                "again."
-            )
 
     # Versions
 
@@ -185,9 +177,7 @@ class Changes:
             self._metrics.count_swap(is_done=is_done)
 
     def _publish(self, version: str) -> str:
-        if version not in versions.versions_of(self._index.folder):
-            known = ", ".join(versions.versions_of(self._index.folder))
-            raise UnknownVersionError(f"there is no version {version}; there are {known}")
+        self._index.require_version(version)
         self._index.live.publish(version)
         return version
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lookalike.errors import DataError, ResourceError
+from lookalike.errors import ArtifactError, DataError, ResourceError
 
 
 class OverloadedError(ResourceError):
@@ -27,6 +27,18 @@ class UnfitItemError(DataError):
 
 class UnknownVersionError(DataError):
     """The index has no version of this name, or none before the current one."""
+
+
+class VersionRefusedError(ArtifactError):
+    """A version that cannot be searched, for what it is or what the journal holds."""
+
+
+class VersionUnavailableError(ResourceError):
+    """A version that cannot be opened at this moment."""
+
+
+class ComparisonOffError(ResourceError):
+    """This server searches the version that serves, and no other."""
 
 
 class PicturesUnavailableError(ResourceError):

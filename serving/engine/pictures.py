@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.decode import CroppablePicture, DecodeLimits
+from data_pipelines.decode import ANY_PICTURE, CroppablePicture
 from indexing.living.journal import Journal, StoredPicture
 from serving.engine.errors import PicturesUnavailableError
 from serving.engine.queries import PictureFile
@@ -45,13 +45,12 @@ NO_PICTURE = StoredPicture()
 class Pictures:
     """Safe to use from many threads."""
 
-    def __init__(self, journal: Journal, *, limits: DecodeLimits, cache_bytes: int) -> None:
+    def __init__(self, journal: Journal, *, cache_bytes: int) -> None:
         """
         Args:
-            limits: Of pictures that thumbnails are made from.
             cache_bytes: Memory for thumbnails.
         """
-        self._journal, self._limits = journal, limits
+        self._journal = journal
         self._thumbnails = ThumbnailCache(cache_bytes)
 
     def tags(self, served: Served, ids: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
@@ -60,6 +59,8 @@ class Pictures:
         Args:
             rows: The metadata of the ids.
         """
+        if served.shown_by is not None:
+            return self._tags_elsewhere(served.shown_by, ids, rows)
         of_shards = _tag_of_shards(served)
         has_changes = served.view.sequence > 0
         tags = [
@@ -70,6 +71,17 @@ class Pictures:
             of_added = self._tags_of_added(served, ids)
             tags = [of_added.get(i, tag) for i, tag in zip(ids, tags, strict=True)]
         return tags
+
+    def _tags_elsewhere(
+        self, serving: Served, ids: Sequence[int], rows: Sequence[Mapping[str, Any]]
+    ) -> list[str | None]:
+        """As `serving` shows the pictures; none of what has another key there."""
+        is_held = serving.view.holds(np.array(ids, np.int64))
+        held = np.array(ids, np.int64)[is_held]
+        there = dict(zip(held.tolist(), serving.view.metadata_of(held), strict=True))
+        same = [i for i, row in zip(ids, rows, strict=True) if i in there and there[i].get("key") == row.get("key")]
+        tags = dict(zip(same, self.tags(serving, same, [there[i] for i in same]), strict=True))
+        return [tags.get(i) for i in ids]
 
     def _tags_of_added(self, served: Served, ids: Sequence[int]) -> dict[int, str | None]:
         """Of those of `ids` for which the journal has a picture, or says that there is none."""
@@ -119,7 +131,7 @@ class Pictures:
         tag = f"{original.tag}-{side}"
         found = self._thumbnails.get(tag)
         if found is None:
-            found = _thumbnail(original.data, side, self._limits)
+            found = _thumbnail(original.data, side)
             self._thumbnails.put(tag, found)
         return PictureFile(found, "image/jpeg", tag)
 
@@ -162,12 +174,12 @@ def may_have_been_of_shards(served: Served, identifier: int) -> bool:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture once upright, in pixels; reads a JPEG's header alone."""
-    return CroppablePicture(data).size
+    """Width and height of a picture of the gallery once upright, in pixels; reads a JPEG's header alone."""
+    return CroppablePicture(data, limits=ANY_PICTURE).size
 
 
-def _thumbnail(data: bytes, side: int, limits: DecodeLimits) -> bytes:
-    picture = CroppablePicture(data, limits=limits)
+def _thumbnail(data: bytes, side: int) -> bytes:
+    picture = CroppablePicture(data, limits=ANY_PICTURE)
     # A JPEG is decoded at a fraction of its size, as long as its shorter side has enough pixels left.
     shorter = max(1, round(side * min(picture.size) / max(picture.size)))
     image = Image.fromarray(picture.decode_crop((0, 0, *picture.size), at_least=shorter))

@@ -41,6 +41,7 @@ class SearchQuery:
     includes_query: bool = False  # whether ids that are parts may be hits, too
     includes_vectors: bool = False  # whether hits carry their stored vectors
     deadline_seconds: float | None = None  # an answer that would come later is not begun
+    version: str | None = None  # of the index; None: the one that serves
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ of their own, which work on what many requests ask at the same time together (`b
 
 import asyncio
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from lookalike.errors import LookalikeError
 from lookalike.filters import Filter
 from lookalike.native_libraries import num_cores
 from lookalike.records import SearchHits, SearchParameters
+from serving.engine.admission import Admission
 from serving.engine.changes import Changes
+from serving.engine.compared_versions import ComparedVersions
 from serving.engine.embedding import Embedding
 from serving.engine.errors import EncoderUnavailableError, UnknownItemError, UnsearchableFilterError
 from serving.engine.gallery import ids_after, item_of, random_ids
@@ -87,11 +90,14 @@ class QueryEngine:
             batch_size=settings.max_batch if encoder is None else encoder.batch_size,
             on_batch=lambda size: self._observe_batch("encode", size),
         )
+        # By number alone: a list may take a hundred times what a thumbnail does, and no rate would tell of both.
+        self._reads = Admission("lists and pictures", most_inside=settings.max_waiting_reads, most_seconds=math.inf)
         self._searches = Searches(
             settings, num_threads=threads, on_batch=lambda size: self._observe_batch("search", size)
         )
-        self.pictures = Pictures(index.live.journal, limits=picture_limits, cache_bytes=settings.thumbnail_cache_bytes)
+        self.pictures = Pictures(index.live.journal, cache_bytes=settings.thumbnail_cache_bytes)
         self._changes = Changes(index, metrics=metrics)
+        self._compared = ComparedVersions(index, most_open=settings.max_compared_versions)
 
     @classmethod
     def open(
@@ -116,7 +122,9 @@ class QueryEngine:
 
     def served(self) -> Served:
         """What answers at this moment; it stays as it is."""
-        return self._served_index.now()
+        served = self._served_index.now()
+        self._compared.forget_gone(served)
+        return served
 
     @property
     def index(self) -> PublishedIndex:
@@ -127,6 +135,11 @@ class QueryEngine:
     def num_changes(self) -> int:
         """In the journal, not yet compacted."""
         return self._served_index.live.num_changes
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What bounds batches and queues."""
+        return self._settings
 
     @property
     def is_ready(self) -> bool:
@@ -155,6 +168,7 @@ class QueryEngine:
         """Finishes running work, then ends the threads and closes the index; doing it again does nothing."""
         self._is_ready = False
         self._changes.close()
+        self._compared.close()
         self._writer.shutdown(cancel_futures=True)
         self._embedding.close()
         self._searches.close()
@@ -175,14 +189,20 @@ class QueryEngine:
             UnsearchableVectorError: a vector has another length than the index's, no direction, NaN or infinity; or
                 the parts cancel each other out.
             UnsearchableFilterError: the filter does not fit the metadata.
+            UnknownVersionError: there is no version of this name.
+            VersionRefusedError: it could not be swapped to, for what it is.
+            VersionUnavailableError: it cannot be opened at this moment.
+            ComparisonOffError: it does not serve, and this server searches no other.
         """
         stages, served = Stages(), self.served()
+        if query.version is not None:
+            served = await self._compared.named(query.version, served, stages)
         pictures = [part for part in query.parts if part.picture is not None]
         if not pictures:
             return await self._search(query, served, [None] * len(query.parts), stages)
         embedded = iter(await self._embed(served, pictures, stages, query.deadline_seconds))
         vectors = [None if part.picture is None else next(embedded) for part in query.parts]
-        now = self.served()
+        now = served if query.version is not None else self.served()
         # Vectors of another encoder cannot be compared; what served when the request came can still be searched.
         return await self._search(query, now if now.encoder is served.encoder else served, vectors, stages)
 
@@ -240,7 +260,7 @@ class QueryEngine:
         job = SearchJob.of(served, query.parts, of_pictures, first, left_out=left_out, describe=describe)
         # Pictures were let in already, and must not be turned away after they were embedded.
         has_pictures = any(vector is not None for vector in of_pictures)
-        with nullcontext() if has_pictures else self._searches.entering(deadline_seconds=deadline):
+        with self._searches.entering(deadline_seconds=deadline, may_be_refused=not has_pictures):
             found = (await self._searches.find(job, deadline_seconds=deadline)).result
             stages.count("search", found.search_seconds)
             if query.rerank:
@@ -283,8 +303,8 @@ class QueryEngine:
     # Items
 
     async def item(self, id: int) -> Item:
-        """Raises UnknownItemError where no picture has this id."""
-        return await self._run(self._item_of, self.served(), id)
+        """Raises UnknownItemError where no picture has this id, and OverloadedError as all that reads."""
+        return await self._read(self._item_of, self.served(), id)
 
     async def items(self, *, after_id: int = -1, limit: int, filter: Filter | None = None) -> list[Item]:
         """In ascending order of ids, from the first above `after_id`; fewer than `limit` only at the end.
@@ -300,7 +320,7 @@ class QueryEngine:
                 raise UnsearchableFilterError(str(error)) from error
             return self._items_of(served, ids)
 
-        return await self._run(listed, self.served())
+        return await self._read(listed, self.served())
 
     async def random_items(self, count: int, *, seed: int) -> list[Item]:
         """Different items, in random order; all of them where the gallery holds fewer than `count`."""
@@ -308,7 +328,7 @@ class QueryEngine:
         def picked(served: Served) -> list[Item]:
             return self._items_of(served, random_ids(served.view, count, seed))
 
-        return await self._run(picked, self.served())
+        return await self._read(picked, self.served())
 
     async def original(self, id: int) -> PictureFile:
         """Raises UnknownItemError, or PicturesUnavailableError where no picture is at hand."""
@@ -316,7 +336,7 @@ class QueryEngine:
         def read(served: Served) -> PictureFile:
             return self.pictures.original(served, id, self._row_of(served, id))
 
-        return await self._run(read, self.served())
+        return await self._read(read, self.served())
 
     async def thumbnail(self, id: int, *, side: int) -> PictureFile:
         """A JPEG within a square of `side` pixels; raises as `original` does, and DecodeError."""
@@ -324,7 +344,7 @@ class QueryEngine:
         def made(served: Served) -> PictureFile:
             return self.pictures.thumbnail(served, id, self._row_of(served, id), side=side)
 
-        return await self._run(made, self.served())
+        return await self._read(made, self.served())
 
     # Changes
 
@@ -346,8 +366,8 @@ class QueryEngine:
             Exception: whatever `search` raises for such a picture or vector.
         """
         served, unit = await self._vector_to_store(picture, vector)
-        chosen = await self._write(self._changes.add, served, unit, picture, metadata or {}, id)
-        return await self.item(chosen)
+        written, chosen = await self._write(self._changes.add, served, unit, picture, metadata or {}, id)
+        return await self._run(self._item_of, written, chosen)
 
     async def replace(
         self,
@@ -365,8 +385,8 @@ class QueryEngine:
         """
         await self._run(self._row_of, self.served(), id)
         served, unit = await self._vector_to_store(picture, vector)
-        await self._write(self._changes.replace, served, id, unit, picture, metadata)
-        return await self.item(id)
+        written = await self._write(self._changes.replace, served, id, unit, picture, metadata)
+        return await self._run(self._item_of, written, id)
 
     async def delete(self, id: int) -> None:
         """As durable as `add`. Raises UnknownItemError where no picture has this id."""
@@ -442,6 +462,10 @@ class QueryEngine:
 
     async def _write(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work, *arguments)
+
+    async def _read(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        with self._reads.entering():
+            return await self._run(work, *arguments)
 
     async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)

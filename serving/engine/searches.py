@@ -42,9 +42,9 @@ class Searches:
         )
 
     @contextmanager
-    def entering(self, *, deadline_seconds: float) -> Iterator[None]:
+    def entering(self, *, deadline_seconds: float, may_be_refused: bool) -> Iterator[None]:
         """Around `find`; raises OverloadedError where there is no room, or no time."""
-        with self._admission.entering(deadline_seconds=deadline_seconds):
+        with self._admission.entering(deadline_seconds=deadline_seconds, may_be_refused=may_be_refused):
             yield
 
     async def find(self, job: SearchJob, *, deadline_seconds: float) -> Done[Found]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.shard_set import ShardSet
+from indexing import versions
 from indexing.living.journal import Journal
 from indexing.living.live_index import LiveIndex
 from indexing.living.live_view import LiveView
@@ -21,6 +22,7 @@ from lookalike.artifacts import require_parent
 from lookalike.errors import ArtifactError, LookalikeError
 from serving.engine.canaries import require_same_vectors
 from serving.engine.embedder import Embedder
+from serving.engine.errors import UnknownVersionError
 
 _SECONDS_BETWEEN_COMPLAINTS = 30.0
 
@@ -41,6 +43,7 @@ class Served:
 
     view: LiveView
     companions: Companions
+    shown_by: "Served | None" = None  # what serves, where this is another version: its are the pictures that are shown
 
     @property
     def index_version(self) -> str:
@@ -100,8 +103,18 @@ class ServedIndex:
             if time.monotonic() >= self._next_complaint:
                 self._next_complaint = time.monotonic() + _SECONDS_BETWEEN_COMPLAINTS
                 logger.error("version %s goes on serving: %s", view.base.version, error)
+        return self.serving(view)
+
+    def serving(self, view: LiveView) -> Served:
+        """A view of the live index with what belongs to its version."""
         with self._companions_lock:
             return Served(view, self._companions[view.base])
+
+    def require_version(self, version: str) -> None:
+        """Raises UnknownVersionError where the folder holds no such version."""
+        known = versions.versions_of(self.folder)
+        if version not in known:
+            raise UnknownVersionError(f"there is no version {version}; there are {', '.join(known)}")
 
     def close(self) -> None:
         self.live.close()

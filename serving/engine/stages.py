@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-_STAGES = ("decode", "encode", "search", "rerank", "metadata")
+_STAGES = ("open", "decode", "encode", "search", "rerank", "metadata")
 
 
 class Stages:

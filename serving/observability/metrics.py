@@ -43,7 +43,8 @@ class ServingMetrics:
         )
         self._stage_seconds = self._histogram(
             "lookalike_stage_seconds",
-            "Time of one search in each stage: decode, encode, queue (waiting), search, rerank, metadata, total.",
+            "Time of one search in each stage: open (a version that does not serve), decode, encode, queue (waiting), "
+            "search, rerank, metadata, total.",
             "stage",
         )
         self._batch_size = Histogram(

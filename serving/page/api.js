@@ -53,12 +53,13 @@ async function ask(url, options) {
   return response.status === 204 ? null : JSON.parse(await response.text(), exactNumber);
 }
 
-export const info = () => ask("v1/info");
+export const info = (signal) => ask("v1/info", { signal });
+export const indexes = (signal) => ask("v1/indexes", { signal });
 export const item = (id, signal) => ask(`v1/items/${id}`, { signal });
 export const deleteItem = (id) => ask(`v1/items/${id}`, { method: "DELETE" });
 
 // A picture's bytes. An <img> sends no key, so where there is one, pictures come this way.
-export const pictureFile = async (url) => (await send(url)).blob();
+export const pictureFile = async (url, signal = null) => (await send(url, { signal })).blob();
 
 export function randomItems(count, { seed = null, signal = null } = {}) {
   const fields = new URLSearchParams({ sample: count });
@@ -72,8 +73,8 @@ export function listItems({ filter, limit, afterId = null, signal }) {
   return ask(`v1/items?${fields}`, { signal });
 }
 
-// `parts`: {id, weight} or {file, roi, weight}; `filter`: null for all pictures.
-export function search(parts, { k, filter, limits, signal }) {
+// `parts`: {id, weight} or {file, roi, weight}; `filter`: null for all pictures; `version`: null for the one that serves.
+export function search(parts, { k, filter, version, limits, signal }) {
   const files = parts.flatMap(({ file }) => (file ? [file] : []));
   const form = new FormData();
   const described = parts.map(({ id, file, roi, weight }, place) => {
@@ -82,13 +83,14 @@ export function search(parts, { k, filter, limits, signal }) {
     return { image: `picture${place}`, weight, ...(roi && { roi }) };
   });
   if (!files.length) {
-    const body = JSON.stringify({ parts: described, k, ...(filter && { filter }) });
+    const body = JSON.stringify({ parts: described, k, ...(filter && { filter }), ...(version && { version }) });
     return ask("v1/search", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal });
   }
   requireRoom(files, limits);
   form.append("parts", JSON.stringify(described));
   form.append("k", k);
   if (filter) form.append("filter", JSON.stringify(filter));
+  if (version) form.append("version", version);
   return ask("v1/search", { method: "POST", body: form, signal });
 }
 

@@ -58,10 +58,9 @@ export function cardOf(item, { className, on }) {
   card.dataset.id = item.id;
   card.title = name;
   card.classList.toggle("same", isSame);
-  card.setAttribute(
-    "aria-label",
-    `${name}${isHit ? `, similarity ${item.score.toFixed(2)}` : ""}${isSame ? ", same class" : ""}. Search by this picture`,
-  );
+  const similarity = isHit ? `, similarity ${item.score.toFixed(2)}` : "";
+  card.dataset.label = `${name}${similarity}${isSame ? ", same class" : ""}. Search by this picture`;
+  card.setAttribute("aria-label", card.dataset.label);
   card.addEventListener("click", () => on.search(item));
   entry.querySelector(".label").textContent = name;
   image.addEventListener("error", () => image.replaceWith(letterOf(item)));
@@ -82,17 +81,36 @@ export function cardOf(item, { className, on }) {
   return entry;
 }
 
-// Arrow keys lead from card to card, as they are seen.
-export function moveWithArrows(grid) {
-  grid.addEventListener("keydown", (event) => {
-    if (!event.target.matches(".card") || event.ctrlKey || event.metaKey || event.altKey) return;
-    const cards = [...grid.querySelectorAll(".card")];
-    const place = cards.indexOf(event.target);
+// Where a card stands among the hits, from 1, and what became of it in the other version, if anything.
+export function showPlace(card, rank, change) {
+  const place = card.querySelector(".place");
+  place.hidden = false;
+  place.querySelector(".rank").textContent = rank;
+  place.querySelector(".change").textContent = change;
+  card.setAttribute("aria-label", `Rank ${rank}${change && `, ${change}`}: ${card.dataset.label}`);
+}
+
+// Arrow keys lead from card to card, as they are seen; `grids` of one column each lie side by side.
+export function moveWithArrows(grids) {
+  const cardsIn = (grid) => [...(grid?.querySelectorAll(".card") ?? [])];
+  const nextCard = (grid, card, key) => {
+    const cards = cardsIn(grid);
+    if (key === "Home") return cards[0];
+    if (key === "End") return cards.at(-1);
     const numColumns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
-    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numColumns, ArrowDown: numColumns }[event.key];
-    const next = event.key === "Home" ? cards[0] : event.key === "End" ? cards.at(-1) : step && cards[place + step];
-    if (!next) return;
-    event.preventDefault();
-    next.focus();
-  });
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numColumns, ArrowDown: numColumns }[key];
+    if (!step) return null;
+    const place = cards.indexOf(card);
+    const beside = key === "ArrowLeft" || key === "ArrowRight" ? cardsIn(grids[grids.indexOf(grid) + step]) : [];
+    return numColumns === 1 && beside.length ? (beside[place] ?? beside.at(-1)) : cards[place + step];
+  };
+  for (const grid of grids) {
+    grid.addEventListener("keydown", (event) => {
+      if (!event.target.matches(".card") || event.ctrlKey || event.metaKey || event.altKey) return;
+      const next = nextCard(grid, event.target, event.key);
+      if (!next) return;
+      event.preventDefault();
+      next.focus();
+    });
+  }
 }

@@ -1,26 +1,25 @@
-// The search page. What is shown is a function of one state, which is also the entry in the browser's history:
-//   {view: "start", seed, conditions, after}     a random gallery to begin with; with conditions, those that fit, in
-//                                                order, `after` being the last ids of the pages before
-//   {view: "search", parts, conditions, page}    the nearest to the parts together, the first of which is the query:
-//                                                {id, weight} or {upload, roi, weight}; uploads are kept in `uploads`
+// The search page: draws the states (states.js), and leads from one to another.
 
 import * as api from "./api.js";
 import { cardOf, letterOf, moveWithArrows, readable, setPicture, thumbnailOf } from "./cards.js";
 import { askAndAdd, askAndDelete, prepareDialogs } from "./changes.js";
 import { CropBox } from "./crop.js";
-import { ColumnValues, FilterPanel, conditionsFrom, treeOf } from "./filters.js";
+import { ColumnValues, FilterPanel, treeOf } from "./filters.js";
+import { fillProblem } from "./problems.js";
+import { UNWANTED, addressOf, newStart, stateOfAddress } from "./states.js";
+import { SideBySide, VersionChoice } from "./versions.js";
 
 const $ = (id) => document.getElementById(id);
 const STAGES = ["lookup", "decode", "encode", "search", "rerank", "metadata", "queue"];
 const GALLERY_SIZE = 24;
-const UNWANTED = -0.5; // weight of what the pictures should not look like
 
 const uploads = new Map(); // number -> {file, url, name}; lives as long as the tab
 const columnValues = new ColumnValues();
 let state = null;
 let info = null;
-let running = new AbortController();
-let lastAnswer = null; // {query, k, answer}: pages of one search need not ask again
+let running = new AbortController(); // of what is shown, or about to be
+let asking = new AbortController(); // of the facts
+const lastAnswers = new Map(); // version -> {query, k, answer}: pages of one search need not ask again
 let pages = { previous: null, next: null }; // states
 
 const mayWrite = () => info?.scopes.includes("write") ?? false;
@@ -28,36 +27,13 @@ const takesPictures = () => info?.takes_pictures ?? true; // as long as nothing 
 
 // ---- Moving between states
 
-const newStart = (conditions = []) => ({ view: "start", seed: Math.floor(Math.random() * 2 ** 31), conditions, after: [] });
-const searchOf = (part, conditions = state.conditions) => ({ view: "search", parts: [{ weight: 1, ...part }], conditions, page: 0 });
+const anotherStart = () => newStart({ versus: state.versus });
+const searchOf = (part, conditions = state.conditions) =>
+  ({ view: "search", parts: [{ weight: 1, ...part }], conditions, page: 0, versus: state.versus });
 
-// What others can open, too; uploads they cannot.
-function addressOf({ view, parts = [], conditions, page }) {
-  if (parts.some(({ id }) => id === undefined)) return location.pathname;
-  const fields = new URLSearchParams(parts.map(({ id, weight }) => [weight > 0 ? "id" : "unlike", id]));
-  if (conditions.length) fields.set("filter", JSON.stringify(conditions));
-  if (view === "search" && page) fields.set("page", page + 1);
-  return fields.size ? `?${fields}` : location.pathname;
-}
-
-function stateOfAddress() {
-  const fields = new URLSearchParams(location.search);
-  const conditions = conditionsFrom(fields.get("filter")) ?? [];
-  const parts = [["id", 1], ["unlike", UNWANTED]].flatMap(([name, weight]) =>
-    fields.getAll(name).filter((id) => /^\d{1,19}$/.test(id)).map((id) => ({ id: exact(id), weight })));
-  if (!parts.length || parts[0].weight < 0) {
-    // An upload did not outlive the reload.
-    return history.state?.view === "start" ? history.state : newStart(conditions);
-  }
-  const page = Number(fields.get("page"));
-  return { view: "search", parts, conditions, page: Number.isInteger(page) && page > 0 ? page - 1 : 0 };
-}
-
-const exact = (id) => (Number.isSafeInteger(Number(id)) ? Number(id) : id);
-
-function go(next) {
+function go(next, { moveFocus = true } = {}) {
   history.pushState(next, "", addressOf(next));
-  return show(next, { moveFocus: true });
+  return show(next, { moveFocus });
 }
 
 function searchWith(file, name = "Your picture") {
@@ -77,12 +53,13 @@ async function show(next, { moveFocus = false } = {}) {
   running.abort();
   const mine = (running = new AbortController());
   $("problem").hidden = true;
-  $("grid").setAttribute("aria-busy", "true");
+  setBusy(true);
   filterPanel.show(next.conditions);
+  versionChoice.show(next.versus);
   try {
     await VIEWS[next.view](next, mine.signal);
     if (mine.signal.aborted) return;
-    $("grid").removeAttribute("aria-busy");
+    setBusy(false);
     if (moveFocus) {
       window.scrollTo({ top: 0 });
       $("heading").focus({ preventScroll: true });
@@ -94,6 +71,13 @@ async function show(next, { moveFocus = false } = {}) {
     showTimings(null);
     showProblem(error);
   }
+}
+
+// What is done to a query goes by the state, and so waits until that is what is shown.
+function setBusy(isBusy) {
+  if (isBusy) $("columns").setAttribute("aria-busy", "true");
+  else $("columns").removeAttribute("aria-busy");
+  for (const id of ["stage", "query-actions", "examples"]) $(id).inert = isBusy;
 }
 
 const VIEWS = {
@@ -121,18 +105,19 @@ const VIEWS = {
     $("shuffle").hidden = !items.length || Boolean(filter);
   },
 
-  async search({ parts, conditions, page }, signal) {
+  async search({ parts, conditions, page, versus }, signal) {
     if (parts.some(({ upload }) => upload !== undefined && !uploads.has(upload))) {
       const detail = "Pictures you search with are kept in this tab only, until it is reloaded.";
       throw new api.Problem({ title: "The picture is gone", status: 410, detail, fix: "Choose it again." });
     }
-    const [described, answer] = await Promise.all([
-      Promise.all(parts.map((part) => describe(part, signal))),
-      answerTo({ parts, conditions, page }, signal),
-    ]);
+    const ask = (version) => answerTo({ parts, conditions, page, version }, signal);
+    const other = versus && ask(versus).then((answer) => ({ answer }), (error) => ({ error }));
+    const [described, answer] = await Promise.all([Promise.all(parts.map((part) => describe(part, signal))), ask(null)]);
     signal.throwIfAborted();
     showQuery(described);
-    showAnswer(answer, { page, className: described[0].item?.class_name ?? null });
+    const className = described[0].item?.class_name ?? null;
+    showAnswer(answer, { page, className });
+    if (versus) compare(answer, other, { page, className, versus, signal }).catch(showProblem);
   },
 };
 
@@ -149,15 +134,15 @@ async function describe({ id, upload, roi, weight }, signal) {
 const numberShown = () => Number($("count").value);
 
 // Asks for one hit more than is shown, which tells whether there is another page.
-async function answerTo({ parts, conditions, page }, signal) {
+async function answerTo({ parts, conditions, page, version }, signal) {
   await facts;
   const k = Math.min((page + 1) * numberShown() + 1, info?.limits.max_k ?? Infinity);
   const query = JSON.stringify([parts, conditions]);
-  const isKnown = lastAnswer?.query === query && (lastAnswer.k >= k || lastAnswer.answer.hits.length < lastAnswer.k);
-  if (isKnown) return lastAnswer.answer;
+  const last = lastAnswers.get(version);
+  if (last?.query === query && (last.k >= k || last.answer.hits.length < last.k)) return last.answer;
   const complete = parts.map((part) => ({ ...part, file: uploads.get(part.upload)?.file }));
-  const answer = await api.search(complete, { k, filter: treeOf(conditions), limits: info?.limits, signal });
-  lastAnswer = { query, k, answer };
+  const answer = await api.search(complete, { k, filter: treeOf(conditions), version, limits: info?.limits, signal });
+  lastAnswers.set(version, { query, k, answer });
   return answer;
 }
 
@@ -233,6 +218,17 @@ function showAnswer({ hits, timings_ms: timings }, { page, className }) {
   showTimings(timings);
 }
 
+// `other`: what will be known of the other version, {answer} or {error}; the one that serves does not wait for it.
+async function compare(answer, other, { page, className, versus, signal }) {
+  const size = numberShown();
+  const drawn = { page, size, cardsOf: (hits) => cardsOf(hits, className), signal };
+  const summary = await sideBySide.compare(answer, versus, other, drawn);
+  if (!summary) return;
+  const hasNext = (await other).answer.hits.length > (page + 1) * size;
+  if (hasNext && !pages.next) showPages({ page, previous: pages.previous, next: { ...state, page: page + 1 } });
+  $("announcement").textContent += ` ${summary}`;
+}
+
 function showPages({ page = 0, previous = null, next = null }) {
   pages = { previous, next };
   $("pages").hidden = !previous && !next;
@@ -256,7 +252,7 @@ function showTimings(timings) {
   $("timings").replaceChildren(...rows);
 }
 
-function showCards(items, { heading, summary, className = null }) {
+function cardsOf(items, className) {
   columnValues.learn(items);
   const on = {
     search: (item) => go(searchOf({ id: item.id })),
@@ -264,36 +260,38 @@ function showCards(items, { heading, summary, className = null }) {
     less: state.view === "search" ? (item) => together(item, UNWANTED) : null,
     delete: mayWrite() ? (item) => remove(item).catch(showProblem) : null,
   };
+  return items.map((item) => cardOf(item, { className, on }));
+}
+
+function showCards(items, { heading, summary, className = null }) {
+  sideBySide.close();
   $("heading").textContent = heading;
   $("summary").textContent = summary;
-  $("grid").replaceChildren(...items.map((item) => cardOf(item, { className, on })));
+  $("grid").replaceChildren(...cardsOf(items, className));
   $("announcement").textContent = heading && `${heading}: ${items.length} pictures. ${summary}`;
 }
 
 function showProblem(error) {
   if (error.name === "AbortError") return;
-  $("grid").removeAttribute("aria-busy");
-  const isExpected = error instanceof api.Problem;
-  $("problem-title").textContent = isExpected ? error.title : "The page failed";
-  $("problem-detail").textContent = error.message;
-  $("problem-fix").textContent = isExpected ? error.fix : "Reload it.";
-  $("problem-id").textContent = isExpected && error.requestId ? `Request ${error.requestId}` : "";
-  $("key-form").hidden = !(isExpected && error.wantsKey);
-  $("retry").hidden = isExpected && error.isFinal;
-  $("problem").hidden = false;
-  if (!isExpected) console.error(error);
+  setBusy(false);
+  $("key-form").hidden = !error.wantsKey;
+  fillProblem($("problem"), error);
 }
 
 // Never fails: whatever is wrong with the server, the search that waits for this will say.
 async function loadFacts() {
+  asking.abort();
+  const { signal } = (asking = new AbortController());
   $("forget-key").hidden = !api.hasKey();
   try {
-    info = await api.info();
+    info = await api.info(signal);
   } catch (error) {
+    if (signal.aborted) return facts; // Another key, or after a change: what is known then counts.
     info = null;
     if (!(error instanceof api.Problem)) console.error(error);
     return;
   }
+  if (info.limits.max_compared_versions) versionChoice.load(signal);
   for (const option of [...$("count").options].slice(1)) option.disabled = Number(option.value) > info.limits.max_k;
   $("num-pictures").textContent = `${info.num_vectors.toLocaleString("en")} pictures`;
   $("version").textContent = ` · index ${info.index_version}`;
@@ -304,17 +302,24 @@ async function loadFacts() {
 // ---- What people do
 
 async function surprise() {
-  const { items } = await api.randomItems(1);
+  const { signal } = running;
+  const { items } = await api.randomItems(1, { signal });
+  signal.throwIfAborted();
   if (items.length) await go(searchOf({ id: items[0].id }, []));
 }
 
 async function startCropping(main) {
+  const { signal } = running;
   if (main.item) {
     // Regions are of pictures that are sent: the original takes the place of its id once a region is searched by.
-    main.original ??= await api.pictureFile(main.item.image_url);
+    main.original ??= await api.pictureFile(main.item.image_url, signal);
+    signal.throwIfAborted();
     main.originalUrl ??= URL.createObjectURL(main.original);
     $("query-picture").src = main.originalUrl;
-    await $("query-picture").decode();
+    await $("query-picture").decode().catch((error) => {
+      signal.throwIfAborted(); // Another picture has taken its place.
+      throw error;
+    });
   }
   crop.open(main.roi);
   showActions(main);
@@ -333,7 +338,7 @@ async function remove(item) {
   if (!(await askAndDelete(item))) return;
   await afterChange();
   const isQuery = state.view === "search" && state.parts[0].id === item.id;
-  if (isQuery) await go(newStart());
+  if (isQuery) await go(anotherStart());
   else {
     const next = state.view === "search" ? { ...state, parts: state.parts.filter(({ id }) => id !== item.id) } : state;
     history.replaceState(next, "", addressOf(next));
@@ -343,16 +348,18 @@ async function remove(item) {
 }
 
 async function add() {
+  const asked = state;
   const { file } = uploads.get(state.parts[0].upload);
   const item = await askAndAdd(file, { columns: info.metadata_columns, columnValues, limits: info.limits });
   if (!item) return;
   await afterChange();
-  await go(searchOf({ id: item.id }));
+  await (state === asked ? go(searchOf({ id: item.id })) : show(state)); // Where one has gone on meanwhile, one stays.
   $("announcement").textContent = `Added as picture ${item.id}. ${$("announcement").textContent}`;
 }
 
 function afterChange() {
-  lastAnswer = null;
+  running.abort(); // Whoever asked before the change must not be believed after it: whoever calls this shows again.
+  lastAnswers.clear();
   return (facts = loadFacts());
 }
 
@@ -370,6 +377,10 @@ const filterPanel = new FilterPanel($("filter-form"), $("conditions"), {
   columnValues,
   onChange: (conditions) => go({ ...state, conditions, ...(state.view === "start" ? { after: [] } : { page: 0 }) }),
 });
+const versionChoice = new VersionChoice($("versus"), {
+  onChange: (versus) => go({ ...state, versus }, { moveFocus: false }),
+});
+const sideBySide = new SideBySide({ onRetry: () => show(state, { moveFocus: true }) });
 const firstPicture = (files) => [...(files ?? [])][0];
 
 for (const id of ["picker", "camera"]) {
@@ -389,8 +400,8 @@ $("random").addEventListener("click", () => surprise().catch(showProblem));
 $("crop-apply").addEventListener("click", () => applyCrop());
 $("add").addEventListener("click", () => add().catch(showProblem));
 $("retry").addEventListener("click", () => afterChange().then(() => show(state, { moveFocus: true })));
-$("count").addEventListener("change", () => state.view !== "start" && go({ ...state, page: 0 }));
-$("shuffle").addEventListener("click", () => go(newStart()));
+$("count").addEventListener("change", () => state.view !== "start" && go({ ...state, page: 0 }, { moveFocus: false }));
+$("shuffle").addEventListener("click", () => go(anotherStart()));
 for (const side of ["previous", "next"]) $(side).addEventListener("click", () => pages[side] && go(pages[side]));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -401,7 +412,7 @@ $("key-form").addEventListener("submit", (event) => {
 $("forget-key").addEventListener("click", () => useKey(null));
 $("home").addEventListener("click", (event) => {
   event.preventDefault();
-  go(newStart());
+  go(anotherStart());
 });
 
 document.addEventListener("paste", ({ clipboardData }) => {
@@ -434,7 +445,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 window.addEventListener("popstate", ({ state: next }) => {
   if (next) show(next, { moveFocus: true }); // Only a fragment typed into the address comes without a state.
 });
-moveWithArrows($("grid"));
+moveWithArrows([$("grid"), $("other-grid")]);
 prepareDialogs();
 
 // ---- Beginning

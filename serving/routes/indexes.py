@@ -56,6 +56,8 @@ async def list_versions(engine: Engine) -> IndexesAnswer:
     openapi_extra=_SWAP_BODY,
     responses=problems(
         "request.malformed",
+        "body.too_slow",
+        "body.too_large",
         "body.unsupported_type",
         "request.invalid",
         "version.unknown",

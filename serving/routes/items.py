@@ -64,7 +64,7 @@ def _body(schema: str, form: str, examples: dict[str, object]) -> dict[str, obje
     "",
     responses={
         200: {"model": ItemsAnswer, "description": "Some pictures"},
-        **problems("request.invalid", "filter.invalid"),
+        **problems("request.invalid", "filter.invalid", "server.overloaded"),
     },
 )
 async def list_items(
@@ -174,7 +174,7 @@ async def replace_item(id: IdInPath, request: Request, engine: Engine, limits: L
     "/{id}",
     responses={
         200: {"model": ItemAnswer, "description": "The picture"},
-        **problems("item.unknown", "request.invalid"),
+        **problems("item.unknown", "request.invalid", "server.overloaded"),
     },
 )
 async def item(id: IdInPath, request: Request, engine: Engine) -> Response:
@@ -204,7 +204,14 @@ async def delete_item(id: IdInPath, engine: Engine) -> Response:
     responses={
         200: {"description": "The file", "content": {"image/*": {}}},
         304: {"description": "The client's copy is still right"},
-        **problems("item.unknown", "pictures.unavailable", "request.invalid", "image.undecodable", "image.truncated"),
+        **problems(
+            "item.unknown",
+            "pictures.unavailable",
+            "request.invalid",
+            "image.undecodable",
+            "image.truncated",
+            "server.overloaded",
+        ),
     },
 )
 async def item_image(

@@ -34,6 +34,7 @@ _EXAMPLES = {
     "among some of the pictures": {"id": 0, "filter": {"not": {"column": "key", "in": ["a", "b"]}}},
     "re-ranked": {"id": 0, "k": 5, "recall": 0.99, "rerank": "alpha_query_expansion"},
     "with vectors, without metadata": {"id": 0, "k": 5, "include": ["vector"]},
+    "of a version of the index": {"id": 0, "k": 5, "version": "v0001"},
 }
 _BATCH_EXAMPLE = {"searches": [{"id": 0, "k": 5}, {"image": EXAMPLE_PICTURE, "include": []}]}
 _FIELDS = SearchRequest.model_json_schema()["properties"] | SearchForm.model_json_schema()["properties"]
@@ -64,6 +65,10 @@ _SEARCH_PROBLEMS = (
     "vector.cancelled_out",
     "filter.invalid",
     "encoder.unavailable",
+    "version.unknown",
+    "version.refused",
+    "version.off",
+    "index.busy",
     "server.overloaded",
 )
 
@@ -167,6 +172,7 @@ async def _query_of(asked: SearchRequest, fetch: Fetch) -> SearchQuery:
         rerank=asked.rerank,
         includes_query=asked.include_self,
         includes_vectors="vector" in asked.include,
+        version=asked.version,
     )
 
 

@@ -8,18 +8,23 @@ from serving.engine.query_engine import QueryEngine
 from serving.problems import problem_responses
 from serving.safety.api_keys import requires_scope
 from serving.schemas.fields import LARGEST_ID
-from serving.settings import ServingLimits
+from serving.settings import ServingLimits, ServingSettings
 
 
 async def _engine_of(request: Request) -> QueryEngine:
     return request.app.state.engine
 
 
+async def _settings_of(request: Request) -> ServingSettings:
+    return request.app.state.settings
+
+
 async def _limits_of(request: Request) -> ServingLimits:
-    return request.app.state.limits
+    return request.app.state.settings.limits
 
 
 Engine = Annotated[QueryEngine, Depends(_engine_of)]
+Serving = Annotated[ServingSettings, Depends(_settings_of)]
 Limits = Annotated[ServingLimits, Depends(_limits_of)]
 IdInPath = Annotated[int, Path(ge=0, le=LARGEST_ID, description="As in a hit.", examples=[0])]
 FOR_WRITERS = [Depends(requires_scope("write"))]

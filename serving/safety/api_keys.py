@@ -53,6 +53,7 @@ class Gate:
             if caller.has_key or self._counts_addresses:
                 scope["state"]["buckets"] = self._buckets
                 take_tokens(self._buckets, caller, 1)
+            _require_scope(caller, "read")
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:
@@ -103,17 +104,22 @@ def requires_scope(needed: KeyScope) -> Callable[[Request], Awaitable[Caller]]:
 
     async def require(request: Request) -> Caller:
         caller: Caller = request.state.caller
-        if needed not in caller.scopes:
-            if not caller.has_key:
-                raise Problem("writes.off", "this server has neither keys nor allows_writes")
-            held = " and ".join(sorted(caller.scopes))
-            headers = {"WWW-Authenticate": f'Bearer realm="lookalike", error="insufficient_scope", scope="{needed}"'}
-            raise Problem("key.lacks_scope", f"key {caller.name!r} is good to {held}, not to {needed}", headers=headers)
+        _require_scope(caller, needed)
         if needed == "write" and not caller.has_key:
             _require_own_origin(request)
         return caller
 
     return require
+
+
+def _require_scope(caller: Caller, needed: KeyScope) -> None:
+    if needed in caller.scopes:
+        return
+    if not caller.has_key:
+        raise Problem("writes.off", "this server has neither keys nor allows_writes")
+    held = " and ".join(sorted(caller.scopes))
+    headers = {"WWW-Authenticate": f'Bearer realm="lookalike", error="insufficient_scope", scope="{needed}"'}
+    raise Problem("key.lacks_scope", f"key {caller.name!r} is good to {held}, not to {needed}", headers=headers)
 
 
 def charge(request: Request, num_queries: int) -> None:

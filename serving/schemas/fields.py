@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, WithJsonSchema
 
-from indexing.reranking.settings import RerankSettings
+from indexing.reranking.settings import RerankSettings, read_rerank
 
 LARGEST_ID = 2**63 - 1
 LONGEST_VECTOR = 16_384
@@ -56,8 +56,12 @@ def _decode_numbers(value: Any) -> Any:
     return numbers_of_bytes(_decode_base64(value))
 
 
-def _named_method(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+def _method_of(value: Any) -> Any:
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise ValueError("give a method's name, or an object with its name and settings")
+    return read_rerank(value)
 
 
 PictureBytes = Annotated[
@@ -79,6 +83,7 @@ VectorNumbers = Annotated[
     ),
 ]
 Region = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
-RerankMethod = Annotated[RerankSettings, BeforeValidator(_named_method, json_schema_input_type=str | RerankSettings)]
+RerankMethod = Annotated[RerankSettings, BeforeValidator(_method_of, json_schema_input_type=str | RerankSettings)]
+VersionName = Annotated[str, Field(pattern=r"^v\d{4,18}$", examples=["v0001"])]
 ItemId = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 FileInForm = Annotated[bytes, WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"})]

@@ -1,10 +1,6 @@
 """Versions of the index."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from serving.schemas.fields import AnswerModel, RequestModel
+from serving.schemas.fields import AnswerModel, RequestModel, VersionName
 
 
 class VersionAnswer(AnswerModel):
@@ -42,7 +38,7 @@ class IndexesAnswer(AnswerModel):
 class SwapRequest(RequestModel):
     """Which version is to be used."""
 
-    version: Annotated[str, Field(pattern=r"^v\d{4,18}$", examples=["v0001"])]
+    version: VersionName
     """As in GET /v1/indexes."""
 
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from data_pipelines.decode import ImageFormat
 from serving.schemas.fields import AnswerModel
 
 
@@ -26,12 +27,20 @@ class RecallPoint(AnswerModel):
 
 
 class LimitsAnswer(AnswerModel):
-    """Bounds of one request."""
+    """Bounds of one request, and of what waits."""
 
     max_body_bytes: int
     """Longest request body."""
+    max_body_seconds: float
+    """Longest time that a body may take to come in."""
     max_pixels: int
     """Largest picture, width times height."""
+    max_side: int
+    """Longer side of a picture, in pixels."""
+    min_side: int
+    """Shorter side of a picture, in pixels."""
+    formats: list[ImageFormat]
+    """Of pictures that are opened."""
     max_k: int
     """Most hits of one search."""
     max_shortlist: int
@@ -42,6 +51,27 @@ class LimitsAnswer(AnswerModel):
     """Most searches of one batch."""
     max_parts: int
     """Most pictures, ids and vectors that are searched by together."""
+    max_compared_versions: int
+    """Most versions beside the one that serves that are open for searches; 0: they may name no other."""
+    max_batch: int
+    """Most queries that go through the encoder, or through one search, together."""
+    max_waiting_pictures: int
+    """Most pictures that wait for their vectors in one process; beyond, requests are refused at once."""
+    max_waiting_searches: int
+    """Most searches that wait or run in one process; beyond, requests are refused at once."""
+    max_waiting_reads: int
+    """Most lists and pictures that are asked for at a time in one process; beyond, requests are refused at once."""
+    max_wait_seconds: float
+    """Longest time that a search, or making a vector, may be expected to take; else it is refused at once."""
+
+
+class RateLimitAnswer(AnswerModel):
+    """How much one client may ask, of each process."""
+
+    requests_per_second: float
+    """What it may keep up; each search of a batch counts."""
+    burst: int
+    """What it may send at once after it was silent."""
 
 
 class InfoAnswer(AnswerModel):
@@ -59,6 +89,8 @@ class InfoAnswer(AnswerModel):
     """How pictures were prepared for the encoder; null where that is not known."""
     takes_pictures: bool
     """Whether pictures can be searched with and added; else only vectors and ids."""
+    takes_urls: bool
+    """Whether a search may name pictures by address; from which hosts they are fetched is not told."""
     num_vectors: int
     """Pictures that can be found."""
     dim: int
@@ -76,7 +108,9 @@ class InfoAnswer(AnswerModel):
     has_pictures: bool
     """Whether originals can be shown."""
     limits: LimitsAnswer
-    """Bounds of one request."""
+    """Bounds of one request, and of what waits; named as the server's settings are."""
+    rate_limit: RateLimitAnswer | None
+    """How much the one who asks may ask; null where that is not limited."""
     scopes: list[Literal["read", "write"]]
     """What the one who asks may do."""
     versions: dict[str, str]

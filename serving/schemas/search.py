@@ -14,6 +14,7 @@ from serving.schemas.fields import (
     RequestModel,
     RerankMethod,
     VectorNumbers,
+    VersionName,
 )
 from serving.schemas.problems import ProblemDetails
 from serving.settings import MOST_HITS, MOST_PARTS, MOST_QUERIES
@@ -84,6 +85,9 @@ class SearchRequest(_OneQuery):
     """With `id`, also in `parts`: let these pictures find themselves."""
     include: list[Extra] = Field(default=["metadata", "timings"], max_length=3)
     """What the answer tells beside ids and scores: `metadata` (all about a picture), `vector`, `timings`."""
+    version: VersionName | None = None
+    """The version to search, as in GET /v1/indexes; null: the one that serves. Another one is opened beside it, and the
+    first search waits for that; nothing is changed over."""
 
     @model_validator(mode="after")
     def _has_one_query(self) -> "SearchRequest":
@@ -127,6 +131,9 @@ class SearchForm(RequestModel):
     """With `id` in `parts`: let these pictures find themselves."""
     include: Annotated[str, Field(examples=["metadata,timings"])] | None = None
     """What the answer tells beside ids and scores: some of metadata,vector,timings; nothing where it is empty."""
+    version: VersionName | None = None
+    """The version to search, as in GET /v1/indexes; null: the one that serves. Another one is opened beside it, and the
+    first search waits for that; nothing is changed over."""
 
 
 def _kept_as_error(value: Any, check: Callable[[Any], Any]) -> Any:
@@ -152,7 +159,8 @@ class HitAnswer(AnswerModel):
     id: int
     """The same as long as the picture is in the index."""
     score: float
-    """Cosine similarity to the query, from -1 to 1; after `rerank` the method's own score."""
+    """Cosine similarity to the query, from -1 to 1 but for rounding: 1.0000001, or 1.0002 where the index keeps vectors
+    in half precision. After `rerank` the method's own score."""
     key: str | None = None
     """Its name in the shards; null where the index was made of vectors without one."""
     class_name: str | None = None

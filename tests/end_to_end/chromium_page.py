@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
@@ -16,6 +17,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 DESKTOP, PHONE = (1200, 900), (390, 844)
+IN_CHROMIUM = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: run .ci/install_browser"),
+]
 _FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -103,15 +108,48 @@ class Page:
         state: dict[str, Any] = self.run("return history.state")
         return state
 
-    def found_ids(self) -> list[int]:
-        ids: list[int] = self.run(
-            "return [...document.querySelectorAll('.card')].map((card) => Number(card.dataset.id))"
-        )
+    def found_ids(self, grid: str = "#columns") -> list[int]:
+        script = "return [...document.querySelectorAll(arguments[0])].map((card) => Number(card.dataset.id))"
+        ids: list[int] = self.run(script, f"{grid} .card")
         return ids
 
     def focused(self, attribute: str = "id") -> str | None:
         focused: str | None = self.run("return document.activeElement.getAttribute(arguments[0])", attribute)
         return focused
+
+    def hold_answers(self, text: str) -> None:
+        """Requests with this text in their address or body are sent, and cannot be called back, but their answers wait
+        for `release_answers`. Ends with the document."""
+        script = """
+            const [text, fetchNow] = [arguments[0], window.fetch];
+            const released = new Promise((resolve) => (window.releaseAnswers = resolve));
+            window.numHeld = 0;
+            window.fetch = async (url, { signal, ...options } = {}) => {
+              const isLate = `${url} ${options.body}`.includes(text) && !window.holdsNoMore;
+              if (!isLate) return fetchNow(url, { signal, ...options });
+              const response = await fetchNow(url, options);
+              const body = await response.arrayBuffer();
+              window.numHeld += 1;
+              await released;
+              return new Response(body, response);
+            };
+        """
+        self.run(f"window.holdsNoMore = false; {script}", text)
+
+    def wait_for_held_answers(self, count: int = 1) -> None:
+        """Until so many wait; answers to later requests come at once."""
+        self.wait_for(lambda: self.run("return window.numHeld") == count)
+        self.run("window.holdsNoMore = true")
+
+    def release_answers(self) -> None:
+        """Until the page has read them."""
+        script = """
+            const done = arguments[0];
+            window.releaseAnswers();
+            setTimeout(() => new Response("read after those").text().then(() => setTimeout(done)));
+        """
+        self.browser.execute_async_script(script)
+        self.wait_until_settled()
 
     def resize(self, size: tuple[int, int]) -> None:
         width, height = size
@@ -159,3 +197,12 @@ class Page:
         opened = [m["params"]["url"] for m in messages if m["method"] == "Network.webSocketCreated"]
         not_servers = ("data:", "blob:", "chrome:", "chrome-untrusted:")
         return {address for address in asked + opened if not address.startswith(not_servers)}
+
+    def require_good_behaviour(self) -> None:
+        """That no script failed, no policy was violated, and no other server was asked for anything."""
+        # What a server refuses is in the console, too.
+        complaints = [e["message"] for e in self.browser.get_log("browser") if "status of 4" not in e["message"]]
+        assert not complaints, complaints
+        asked = self.addresses_asked()
+        assert asked
+        assert all(address.startswith(self.url) for address in asked), asked

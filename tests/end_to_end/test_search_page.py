@@ -1,16 +1,10 @@
 """The search page in a real browser against a real server, the way a person uses it."""
 
-import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 import serving
@@ -22,14 +16,12 @@ pytest.importorskip("selenium", reason="needs selenium: install lookalike with t
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
-from tests.end_to_end.chromium_page import CHROMIUM, DESKTOP, DRIVER, PHONE, Page, start_chromium
+from tests.end_to_end.chromium_page import DESKTOP, IN_CHROMIUM, PHONE, Page
+from tests.end_to_end.server_process import new_key, running_server
 
 PAGE_FOLDER = Path(serving.__file__).parent / "page"
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: run .ci/install_browser"),
-]
+pytestmark = IN_CHROMIUM
 
 
 @pytest.fixture(scope="module")
@@ -48,32 +40,10 @@ def two_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def running_server(folder: Path, small_index: SmallIndex, **settings: object) -> Iterator[str]:
-    file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump({"index": str(small_index.index), "port": 0, **settings}))
-    command = [sys.executable, "-m", "serving", "--settings", str(file), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            yield json.loads(server.stdout.readline())["url"]
-            server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=60) == 0
-        finally:
-            server.kill()
-
-
 @pytest.fixture(scope="module")
 def server_url(tmp_path_factory: pytest.TempPathFactory, small_index: SmallIndex) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("server"), small_index, allows_writes=True) as url:
+    with running_server(tmp_path_factory.mktemp("server"), small_index.index, allows_writes=True) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    browser = start_chromium(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture
@@ -82,16 +52,7 @@ def page(browser: webdriver.Chrome, server_url: str) -> Iterator[Page]:
     page.resize(DESKTOP)
     page.open()
     yield page
-    assert_it_behaved(page)
-
-
-def assert_it_behaved(page: Page) -> None:
-    # What a server refuses is in the console, too.
-    complaints = [e["message"] for e in page.browser.get_log("browser") if "status of 4" not in e["message"]]
-    assert not complaints, "the browser's console has errors; a policy violation would be one of them"
-    asked = page.addresses_asked()
-    assert asked
-    assert all(address.startswith(page.url) for address in asked), asked
+    page.require_good_behaviour()
 
 
 def test_all_its_files_are_small_preloaded_and_name_no_other_server() -> None:
@@ -109,6 +70,8 @@ def test_it_begins_with_random_pictures_to_start_from(page: Page) -> None:
     first = page.found_ids()
     assert sorted(first) == list(range(NUM_PICTURES))
     assert page.one("#num-pictures").text == f"{NUM_PICTURES} pictures"
+    page.wait_for(lambda: page.run("return performance.getEntriesByName(new URL('v1/indexes', location)).length"))
+    assert not page.one("#versus").is_displayed()  # There is no other version.
     page.act("#shuffle")
     assert page.found_ids() != first
 
@@ -329,7 +292,9 @@ def test_a_refused_condition_says_why_and_how_to_go_on(page: Page) -> None:
     page.open('?id=3&filter=[{"column":"width","test":"between","values":["wide",null]}]')
     alert = page.one("[role=alert]")
     assert alert.is_displayed()
-    assert page.texts("#problem-fix") == ["Correct the condition; /v1/info names the columns that the metadata have."]
+    assert page.texts("#problem .problem-fix") == [
+        "Correct the condition; /v1/info names the columns that the metadata have."
+    ]
     page.act("#conditions button")
     assert not alert.is_displayed()
     assert page.found_ids()
@@ -402,6 +367,41 @@ def test_a_picture_is_added_found_and_deleted_again(page: Page, two_things: Path
     assert page.one("#num-pictures").text == f"{NUM_PICTURES} pictures"
 
 
+@pytest.mark.parametrize(
+    ("control", "asks"), [("li:nth-child(5) .card", "v1/search"), ("#random", "sample=1"), ("#crop-start", "/image")]
+)
+def test_a_late_answer_leaves_a_newer_search_alone(page: Page, control: str, asks: str) -> None:
+    page.open("?id=3")
+    page.hold_answers(asks)
+    page.one(control).click()
+    page.wait_for_held_answers()
+    page.act("li:nth-child(2) .card")
+    address, found = page.browser.current_url, page.found_ids()
+    picture = page.one("#query-picture").get_attribute("src")
+    page.release_answers()
+    assert page.browser.current_url == address
+    assert page.found_ids() == found
+    assert page.one("#query-picture").get_attribute("src") == picture
+    assert not page.one("#crop").is_displayed()
+    assert not page.one("#problem").is_displayed()
+
+
+def test_a_picture_that_is_added_late_leaves_a_newer_search_alone(page: Page, two_things: Path) -> None:
+    page.upload(two_things)
+    page.hold_answers("v1/items [object FormData]")
+    page.one("#add").click()
+    page.one("#add-dialog [type=submit]").click()
+    page.wait_for_held_answers()
+    page.act(".card")
+    address = page.browser.current_url
+    page.release_answers()
+    page.wait_for(lambda: page.texts("#announcement")[0].startswith("Added as picture "))
+    assert page.browser.current_url == address
+    page.wait_for(lambda: page.one("#num-pictures").text == f"{NUM_PICTURES + 1} pictures")
+    with ApiClient(page.url) as client:
+        client.delete(int(page.texts("#announcement")[0].split()[3].rstrip(".")))
+
+
 def test_a_refused_picture_says_why_and_the_next_one_works(page: Page, small_index: SmallIndex, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("not a picture")
     page.upload(tmp_path / "notes.png")
@@ -433,9 +433,8 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
     browser: webdriver.Chrome, small_index: SmallIndex, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys.yaml"
-    command = [sys.executable, "-m", "serving", "keys", "add", "reader", "--keys", str(keys)]
-    key = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    with running_server(tmp_path, small_index, keys=str(keys)) as url:
+    key = new_key(keys)
+    with running_server(tmp_path, small_index.index, keys=str(keys)) as url:
         page = Page(browser, url)
         page.resize(DESKTOP)
         page.open()
@@ -455,7 +454,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
         page.wait_for(lambda: page.one("#key-form").is_displayed())
         assert not page.all(".card")
         assert page.run("return sessionStorage.length") == 0
-        assert_it_behaved(page)
+        page.require_good_behaviour()
 
 
 def test_an_id_of_64_bits_stays_exact(page: Page) -> None:
@@ -468,13 +467,13 @@ def test_an_id_of_64_bits_stays_exact(page: Page) -> None:
 def test_a_server_without_an_encoder_asks_for_no_picture(
     browser: webdriver.Chrome, small_index: SmallIndex, tmp_path: Path
 ) -> None:
-    with running_server(tmp_path, small_index, engine={"vectors_only": True}) as url:
+    with running_server(tmp_path, small_index.index, engine={"vectors_only": True}) as url:
         page = Page(browser, url)
         page.open("?id=3")
         assert len(page.found_ids()) == NUM_PICTURES - 1
         for control in ("#choose", "#drop", "#crop-start", "#add"):
             assert not page.one(control).is_displayed()
-        assert_it_behaved(page)
+        page.require_good_behaviour()
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])

@@ -40,3 +40,8 @@ def folder(built: Path, tmp_path: Path) -> Path:
 def live(folder: Path) -> Iterator[LiveIndex]:
     with closing(LiveIndex.open(folder)) as opened:
         yield opened
+
+
+@pytest.fixture
+def few_measured_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexing.searching.milvus_loading._NUM_MEASURED_QUERIES", 50)

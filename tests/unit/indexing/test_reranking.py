@@ -366,11 +366,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("method", "message"),
         [
-            ("magic", "'magic' is not one of average_query_expansion, .*, diffusion"),
-            ({}, "None is not one of"),
-            ({"name": ["diffusion"]}, "is not one of"),
+            ("magic", "name: must be one of average_query_expansion, .*, diffusion"),
+            ({}, "name: must be one of"),
+            ({"name": ["diffusion"]}, "name: must be one of"),
             ({"name": "diffusion", "alpha": 1}, "alpha: Input should be less than 1"),
-            ({"name": "k_reciprocal", "num_neighbors": 3}, "num_neighbors: Extra inputs"),
+            (
+                {"name": "k_reciprocal", "num_neighbors": 3},
+                "num_neighbors: there is no such setting; k_reciprocal has shortlist, num_neighbours, .*",
+            ),
             ({"name": "database_augmentation", "shortlist": 2001}, "shortlist: .*2000"),
             ({"name": "average_query_expansion", "num_neighbours": 0}, "num_neighbours: .*1"),
         ],

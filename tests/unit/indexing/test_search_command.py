@@ -1,9 +1,11 @@
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import uvicorn
 
@@ -131,6 +133,28 @@ def url(index: Path) -> Iterator[str]:
         thread.join(timeout=20)
 
 
+@pytest.fixture
+def two_versions(index: Path, tmp_path: Path) -> Path:
+    """The second, which is current, finds little."""
+    folder = tmp_path / "index"
+    shutil.copytree(index, folder)
+    shutil.copytree(folder / "v0001", folder / "v0002")
+    vectors = np.load(folder / "v0002" / "vectors.npy")
+    np.save(folder / "v0002" / "vectors.npy", np.roll(vectors, 1, axis=0))
+    (folder / "CURRENT").write_text("v0002\n")
+    return folder
+
+
+def test_another_version_is_searched_where_it_is_named(
+    index: Path, two_versions: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = hits(capsys, index, picture, "--exact")
+    assert hits(capsys, two_versions, picture, "--exact", "--version", "v0001") == expected
+    assert hits(capsys, two_versions, picture, "--exact") != expected
+    code, _, err = run(capsys, two_versions, picture, "--version", "v0003")
+    assert (code, "has no version v0003; it has v0001, v0002" in err) == (5, True)
+
+
 class TestOnAServer:
     def test_finds_what_a_search_here_finds(
         self, index: Path, url: str, picture: str, capsys: pytest.CaptureFixture[str]
@@ -151,6 +175,8 @@ class TestOnAServer:
         assert (code, "image.not_an_image" in err) == (4, True)
         code, _, err = run(capsys, tmp_path / "gone.png", "--url", url)
         assert (code, "gone.png cannot be read" in err) == (3, True)
+        code, _, err = run(capsys, picture, "--url", url, "--version", "v0003")
+        assert (code, "there is no version v0003; there are v0001" in err) == (4, True)
         code, _, err = run(capsys, picture, "--url", "localhost")
         assert (code, "not the address of a server" in err) == (2, True)
 

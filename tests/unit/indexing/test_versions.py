@@ -66,6 +66,24 @@ def test_a_version_whose_changes_are_gone_is_not_published(folder: Path, live: L
     assert current_version(folder) == live.view().base.version == "v0003"
 
 
+def test_another_version_is_opened_and_kept_up_to_date_without_changing_over(folder: Path, live: LiveIndex) -> None:
+    change(live)
+    live.compact()
+    older = live.open_version("v0001")
+    assert content(older) == content(live)
+    live.add(units(720), [{"key": "after"}])
+    live.delete([0])
+    kept_up = live.brought_up_to_date(older)
+    assert content(kept_up) == content(live) != content(older)
+    assert live.view().base.version == current_version(folder) == "v0002"
+    with pytest.raises(ArtifactError, match=r"has no version v0009; it has v0001, v0002"):
+        live.open_version("v0009")
+    # What it lacks is only in a version that took its place.
+    live.compact(keep_versions=1)
+    with pytest.raises(ArtifactError, match="lacks the changes"):
+        live.brought_up_to_date(older)
+
+
 def test_a_version_of_other_vectors_is_not_published_over_changes(folder: Path, live: LiveIndex) -> None:
     other = build(folder, first_seed=300, dim=8)
     live.refresh()

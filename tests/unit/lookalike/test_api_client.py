@@ -143,7 +143,9 @@ def test_a_real_server_is_understood_in_every_method(kind: type, server_url: str
     assert asked(lambda client: client.is_ready()) is True
     info = asked(lambda client: client.info())
     raw = told("/v1/info")
-    assert (info.num_vectors, info.limits.max_k, info.versions) == (24, raw["limits"]["max_k"], raw["versions"])
+    assert (info.num_vectors, info.versions, info.scopes) == (24, raw["versions"], ("read",))
+    assert asdict(info.limits) == raw["limits"] | {"formats": tuple(raw["limits"]["formats"])}
+    assert (info.rate_limit, info.takes_urls) == (None, False)
     assert [point.recall for point in info.recall_curve] == [point["recall"] for point in raw["recall_curve"]]
     assert asdict(info.default_effort) == raw["default_effort"]
     assert info.metadata_columns == ("key", "class_name", "label", "split", "width", "height")
@@ -334,6 +336,33 @@ class TestPatience:
         with pytest.raises(ResourceError, match=f"{URL}.*{error}"):
             ask(kind, lambda client: client.item(7), Script(answer), timeout_seconds=2.5)
         assert not pauses
+
+    @both
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda client: client.add(vector=[1.0]),
+            lambda client: client.replace(7, vector=[1.0]),
+            lambda client: client.delete(7),
+            lambda client: client.swap("v0001"),
+            lambda client: client.rollback(),
+            lambda client: client.compact(),
+        ],
+        ids=["add", "replace", "delete", "swap", "rollback", "compact"],
+    )
+    def test_a_change_that_may_have_been_made_is_not_asked_for_again(
+        self, kind: type, change: Question, pauses: list[float]
+    ) -> None:
+        # As a proxy answers whose connection to the server broke off after the request had gone there.
+        of_proxy = httpx2.Response(503, text="upstream connect error or disconnect/reset before headers")
+        with pytest.raises(ResourceError, match="503 with text/plain"):
+            ask(kind, change, Script(of_proxy))
+        assert not pauses
+        done = httpx2.Response(200, json={**ITEM, "current": "v0001"})
+        ask(kind, change, Script(problem(503, retry_after="2", code="index.busy"), done))
+        assert pauses == [2]
+        # What changes nothing may be asked as often as one likes.
+        assert ask(kind, lambda client: client.item(7), Script(of_proxy, item())).id == 7
 
     @both
     def test_a_picture_is_sent_whole_each_time(self, kind: type, pauses: list[float]) -> None:

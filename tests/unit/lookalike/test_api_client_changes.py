@@ -156,6 +156,12 @@ def test_versions_are_changed_over_to(asked: Callable[[Question], Any]) -> None:
     earlier = after.versions[-2].version
     assert asked(lambda client: client.rollback()) == earlier
     assert asked(lambda client: client.info()).index_version == earlier
+    for version in (compacted, earlier):
+        alone = asked(lambda client, version=version: client.search(picture("navy"), k=2, version=version))
+        queries = [SearchQuery(id=added.id, include_self=True, version=version), SearchQuery(id=1, version="v9999")]
+        by_id, unknown = asked(lambda client, queries=queries: client.search_batch(queries))
+        assert [alone.index_version, by_id.index_version, unknown.code] == [version, version, "version.unknown"]
+        assert all(added.id in [hit.id for hit in answer.hits[:2]] for answer in (alone, by_id))
     assert asked(lambda client: client.item(added.id)) == added
     with pytest.raises(ApiProblem) as refusal:
         asked(lambda client: client.swap("v9999"))

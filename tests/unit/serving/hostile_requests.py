@@ -219,7 +219,21 @@ _ODD_VALUES: list[str] = [
     *('{"name": "diffusion", "shortlist": 1e9}', '{"name": "k_reciprocal", "num_neighbours": 0}', '"diffusion"'),
     *(json.dumps([0.1] * 512), json.dumps([1e308] * 512), json.dumps([0] * 512), "[" + "NaN," * 511 + "NaN]"),
 ]
-_FIELDS = ["image", "id", "vector", "roi", "k", "exact", "recall", "filter", "rerank", "include_self", "__class__", ""]
+_FIELDS = [
+    "image",
+    "id",
+    "vector",
+    "roi",
+    "k",
+    "exact",
+    "recall",
+    "filter",
+    "rerank",
+    "include_self",
+    "version",
+    "__class__",
+    "",
+]
 
 
 def _odd_json(source: random.Random) -> HostileRequest:
@@ -294,7 +308,7 @@ def _odd_address(source: random.Random) -> HostileRequest:
         "/v1/items/{}/image",
         "/v1/items?sample={}",
         "/v1/items?seed={}",
-        "/v1/items/3/image?shards={}",
+        "/v1/items/3/image?picture={}",
     ]
     paths += [
         "/{}",
@@ -312,7 +326,8 @@ def _odd_address(source: random.Random) -> HostileRequest:
         "If-None-Match": source.choice([b"*", b'"', b'W/"1"', b"x" * 2_000]),
         "Range": source.choice([b"bytes=0-", b"bytes=5-1", b"bytes=" + b"0-1," * 500]),
         "Accept": source.choice([b"*/*", b"nothing", b"application/xml"]),
-        "Cookie": source.choice([b"a=b", b"=;;=", b"\xff=\xff", b"lookalike_key=" + b"x" * 2_000]),
+        "Authorization": source.choice([b"Bearer", b"Bearer \xff", b"Basic Og==", b"Bearer " + b"x" * 2_000]),
+        "Origin": source.choice([b"null", b"https://evil.example", b"http://localhost\xff", b"x" * 2_000]),
     }
     chosen = dict(source.sample(sorted(headers.items()), 2))
     method = source.choice(methods)

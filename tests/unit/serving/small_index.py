@@ -53,11 +53,14 @@ def make_small_index(folder: Path) -> SmallIndex:
             # Two formats, so that media types are told apart.
             suffix = "jpg" if colour == "gold" else "png"
             draw(shape, colour).save(made.pictures / shape / f"{colour}.{suffix}")
-    source = ClassFolders(ClassFoldersSettings(folder=made.pictures))
-    shards = write_shards(source, made.shards, ShardSettings())
-    torch.manual_seed(0)
-    encoder = create_encoder(EncoderSettings(backbone="resnet10t", input=InputSettings(size=32)))
-    with ShardSet.open(shards.folder) as shard_set:
-        embeddings = embed_shards(encoder, shard_set, folder / "embeddings")
-    build_index(EmbeddingSource(embeddings), made.index)
+    write_shards(ClassFolders(ClassFoldersSettings(folder=made.pictures)), made.shards, ShardSettings()).close()
+    add_version(made, folder / "embeddings", seed=0)
     return made
+
+
+def add_version(made: SmallIndex, embeddings: Path, *, seed: int) -> None:
+    """The next version of the index, by an encoder of random weights; `embeddings` is made for them."""
+    torch.manual_seed(seed)
+    encoder = create_encoder(EncoderSettings(backbone="resnet10t", input=InputSettings(size=32)))
+    with ShardSet.open(made.shards) as shard_set:
+        build_index(EmbeddingSource(embed_shards(encoder, shard_set, embeddings)), made.index)

@@ -296,13 +296,24 @@ def test_info_tells_limits_counts_and_the_measured_recall(client: TestClient, en
     assert info["dim"] == engine.index.dim
     assert info["limits"] == {
         "max_body_bytes": 20 << 20,
+        "max_body_seconds": 60.0,
         "max_pixels": 50_000_000,
+        "max_side": 30_000,
+        "min_side": 1,
+        "formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"],
         "max_k": 1000,
         "max_shortlist": 200,
         "max_items": 200,
         "max_queries": 64,
         "max_parts": 16,
+        "max_compared_versions": 2,
+        "max_batch": 32,
+        "max_waiting_pictures": 128,
+        "max_waiting_searches": 512,
+        "max_waiting_reads": 256,
+        "max_wait_seconds": 5.0,
     }
+    assert (info["rate_limit"], info["takes_urls"]) == (None, False)
     details = engine.index.manifest.details
     curve = [point | {"effort": known_parts(point["effort"])} for point in info["recall_curve"]]
     assert curve == details["recall_curve"]

@@ -6,13 +6,22 @@ import threading
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from indexing.living.live_index import LiveIndex
+from indexing.living.live_view import LiveView
 from indexing.versions import compacting
+from lookalike.errors import ResourceError
+from serving.app import create_app
 from serving.engine.changes import Changes
+from serving.engine.query_engine import QueryEngine
+from serving.engine.settings import EngineSettings
 from serving.schemas.indexes import IndexesAnswer
-from tests.unit.serving.small_index import NUM_PICTURES, draw
+from serving.schemas.search import SearchAnswer
+from serving.settings import ServingSettings
+from tests.unit.serving.small_index import LOCAL, NUM_PICTURES, SmallIndex, draw
 
 
 def code(answer: httpx2.Response) -> tuple[int, str]:
@@ -89,6 +98,77 @@ def test_a_damaged_version_is_refused_and_the_old_one_serves_on(client: TestClie
     assert code(answer) == (409, "version.refused")
     assert client.post("/v1/search", json={"id": 1}).json()["index_version"] == "v0001"
     assert client.get("/v1/indexes").json()["current"] == "v0001"
+
+
+def test_a_search_names_a_version_however_it_is_written(client: TestClient) -> None:
+    added = client.post("/v1/items", files={"image": picture()}).json()["id"]
+    assert client.post("/v1/indexes:compact").json() == {"current": "v0002"}
+    assert client.post("/v1/indexes:rollback").json() == {"current": "v0001"}
+    vector = np.ones(512, "<f4").tobytes()
+    numbers = {"content-type": "application/octet-stream"}
+
+    def answers(version: str) -> list[httpx2.Response]:
+        return [
+            client.post("/v1/search", json={"id": added, "include_self": True, "version": version}),
+            client.post("/v1/search", files={"image": picture()}, data={"version": version}),
+            client.post(f"/v1/search?k=30&version={version}", content=vector, headers=numbers),
+        ]
+
+    for version in ("v0001", "v0002"):
+        for answer in answers(version):
+            assert SearchAnswer.model_validate(answer.json(), strict=True).index_version == version
+            assert added in [hit["id"] for hit in answer.json()["hits"]]
+    for answer in answers("v0003"):
+        assert code(answer) == (404, "version.unknown")
+        assert "there are v0001, v0002" in answer.json()["detail"]
+    for answer in answers("latest"):
+        assert code(answer) == (422, "request.invalid")
+    searches = [{"id": 1, "version": version} for version in ("v0001", "v0002", "v0003", None)]
+    results = client.post("/v1/search:batch", json={"searches": searches}).json()["results"]
+    assert [result["answer"]["index_version"] for result in results if "answer" in result] == [
+        *("v0001", "v0002"),
+        "v0001",
+    ]
+    assert results[2]["problem"]["code"] == "version.unknown"
+    listed = client.get("/v1/indexes").json()
+    assert (listed["current"], listed["served"]) == ("v0001", "v0001")
+
+
+def test_a_damaged_version_is_refused_to_a_search_as_to_a_swap(client: TestClient) -> None:
+    folder = folder_of(client)
+    shutil.copytree(folder / "v0001", folder / "v0002")
+    (folder / "v0002" / "vectors.npy").unlink()
+    for _ in range(2):
+        answer = client.post("/v1/search", json={"id": 1, "version": "v0002"})
+        assert code(answer) == (409, "version.refused")
+    swap = client.post("/v1/indexes:swap", json={"version": "v0002"})
+    assert swap.json()["detail"] == answer.json()["detail"]
+    searches = [{"id": 1, "version": "v0002"}, {"id": 1}]
+    refused, found = client.post("/v1/search:batch", json={"searches": searches}).json()["results"]
+    assert (refused["problem"]["code"], found["answer"]["index_version"]) == ("version.refused", "v0001")
+
+
+def test_where_the_journal_cannot_be_read_the_client_is_to_wait(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(client)
+    shutil.copytree(folder / "v0001", folder / "v0002")
+
+    def fail(self: LiveIndex, version: str) -> LiveView:
+        raise ResourceError("the journal cannot be used: too many open files")
+
+    monkeypatch.setattr(LiveIndex, "open_version", fail)
+    answer = client.post("/v1/search", json={"id": 1, "version": "v0002"})
+    assert code(answer) == (503, "index.busy")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_server_that_compares_nothing_says_so(small_index: SmallIndex) -> None:
+    engine = QueryEngine.open(small_index.index, settings=EngineSettings(max_compared_versions=0))
+    with TestClient(create_app(engine, ServingSettings(index=small_index.index)), base_url=LOCAL) as client:
+        assert client.get("/v1/info").json()["limits"]["max_compared_versions"] == 0
+        assert client.post("/v1/search", json={"id": 1, "version": "v0001"}).status_code == 200
+        assert code(client.post("/v1/search", json={"id": 1, "version": "v0002"})) == (422, "version.off")
 
 
 def test_while_somebody_compacts_the_client_is_to_wait(client: TestClient) -> None:

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -12,6 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from serving.app import create_app
+from serving.engine.admission import Admission
 from serving.engine.query_engine import QueryEngine
 from serving.schemas.items import ItemAnswer, ItemsAnswer
 from serving.settings import ServingSettings
@@ -36,6 +39,37 @@ def nearest(client: TestClient, content: bytes) -> int:
 def ids(answer: httpx2.Response) -> list[int]:
     assert answer.status_code == 200, answer.text
     return [item["id"] for item in answer.json()["items"]]
+
+
+READS = {
+    "/v1/items": "/v1/items",
+    "/v1/items?sample=3": "/v1/items",
+    "/v1/items/3": "/v1/items/{id}",
+    "/v1/items/3/image": "/v1/items/{id}/image",
+    "/v1/items/3/image?size=thumbnail": "/v1/items/{id}/image",
+}
+
+
+class TestLoad:
+    def test_one_browser_may_show_200_thumbnails_at_once(self, client: TestClient) -> None:
+        with ThreadPoolExecutor(6) as connections:
+            addresses = [f"/v1/items/{n % NUM_PICTURES}/image?size=thumbnail" for n in range(200)]
+            answers = list(connections.map(client.get, addresses))
+        assert {answer.status_code for answer in answers} == {200}
+
+    @pytest.mark.parametrize("address", READS)
+    def test_beyond_the_bound_it_is_refused_as_documented(
+        self, client: TestClient, engine: QueryEngine, monkeypatch: pytest.MonkeyPatch, address: str
+    ) -> None:
+        room = Admission("lists and pictures", most_inside=1, most_seconds=math.inf)
+        monkeypatch.setattr(engine, "_reads", room)
+        assert client.get(address).status_code == 200
+        with room.entering():
+            answer = client.get(address)
+        assert code(answer) == (429, "server.overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+        documented = client.get("/openapi.json").json()["paths"][READS[address]]["get"]["responses"]["429"]
+        assert "server.overloaded" in documented["content"]["application/problem+json"]["examples"]
 
 
 class TestLists:

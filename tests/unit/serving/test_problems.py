@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,9 @@ SEARCHES: dict[str, tuple[dict[str, Any], int, str]] = {
     "k above the limit in a form": (form(k=1001), 422, "request.invalid"),
     "self without id": ({"json": {"vector": [1.0], "include_self": True}}, 422, "request.invalid"),
     "a negative id": ({"json": {"id": -1}}, 422, "request.invalid"),
+    "an unknown version": ({"json": {"id": 1, "version": "v0009"}}, 404, "version.unknown"),
+    "an unknown version in a form": (form(version="v0009"), 404, "version.unknown"),
+    "no version's name": ({"json": {"id": 1, "version": "../v0001"}}, 422, "request.invalid"),
     "an unknown id": ({"json": {"id": 24}}, 404, "item.unknown"),
     "the largest id": ({"json": {"id": 2**63 - 1}}, 404, "item.unknown"),
     "an id too large": ({"json": {"id": 2**63}}, 422, "request.invalid"),
@@ -179,6 +183,33 @@ def test_a_bad_search_is_a_problem(client: TestClient, case: str) -> None:
     check_problem(client.post("/v1/search", **request), status, code)
 
 
+@pytest.mark.parametrize(
+    ("rerank", "field", "message"),
+    [
+        ("magic", "rerank.name", "must be one of average_query_expansion, .*, diffusion"),
+        ({"shortlist": 5}, "rerank.name", "must be one of average_query_expansion, .*, diffusion"),
+        ({"name": "x" * 5_000}, "rerank.name", "must be one of average_query_expansion, .*, diffusion"),
+        (
+            {"name": "alpha_query_expansion", "alhpa": 3},
+            "rerank.alhpa",
+            "there is no such setting; alpha_query_expansion has num_neighbours, alpha",
+        ),
+        ({"name": "diffusion", "alpha": 2}, "rerank.alpha", "less than 1"),
+        ({"name": "diffusion", "alpha": "0.5"}, "rerank.alpha", "valid number"),
+        (3, "rerank", "a method's name, or an object"),
+    ],
+)
+def test_a_wrong_method_is_told_what_there_is(client: TestClient, rerank: Any, field: str, message: str) -> None:
+    search = {"id": 1, "rerank": rerank}
+    alone = client.post("/v1/search", json=search)
+    [in_batch] = client.post("/v1/search:batch", json={"searches": [search]}).json()["results"]
+    for problem in (check_problem(alone, 422, "request.invalid"), in_batch["problem"]):
+        [error] = problem["errors"]
+        assert error["field"] == field
+        assert re.search(message, error["message"])
+        assert len(problem["detail"]) < 500
+
+
 def test_every_problem_of_a_search_is_in_the_openapi_document(client: TestClient) -> None:
     responses = client.get("/openapi.json").json()["paths"]["/v1/search"]["post"]["responses"]
     documented = {
@@ -249,6 +280,7 @@ def test_codes_and_statuses_never_change() -> None:
         "item.unfit": 422,
         "version.unknown": 404,
         "version.refused": 409,
+        "version.off": 422,
         "index.busy": 503,
         "server.overloaded": 429,
         "server.not_ready": 503,

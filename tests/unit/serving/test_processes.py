@@ -148,15 +148,19 @@ def wait_for_metric(url: str, line: str) -> None:
 
 
 def test_several_processes_share_a_port_and_changes_and_are_replaced_when_they_die(
-    own_index: Path, tmp_path: Path
+    own_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vector = unit(900).tolist()
-    with serving(tmp_path, own_index, num_processes=2) as server:
+    monkeypatch.setenv("LOOKALIKE_LOG", "DEBUG")  # each request is a line
+    with serving(tmp_path, own_index, num_processes=2, observability={"log_format": "json"}) as server:
         first, second = server.workers
         added = httpx2.post(server.url + "v1/items", json={"vector": vector}).json()["id"]
         for _ in range(20):  # new connections, which either of them takes
             [hit] = httpx2.post(server.url + "v1/search", json={"vector": vector, "k": 1}).json()["hits"]
             assert hit["id"] == added
+            headers = {"content-type": "multipart/form-data; boundary=b"}
+            malformed = httpx2.post(server.url + "v1/search", content=b"--bad", headers=headers)
+            assert malformed.status_code == 400
         os.kill(first, signal.SIGKILL)
         until = time.monotonic() + 60
         while first in server.workers or len(server.workers) < 2:
@@ -167,7 +171,10 @@ def test_several_processes_share_a_port_and_changes_and_are_replaced_when_they_d
         assert hit["id"] == added
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=40) == 0
-    assert f"process {first} ended with code -9" in (tmp_path / "log").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert f"process {first} ended with code -9" in [line["message"] for line in lines]
+    assert {line["process"] for line in lines if "request_id" in line} >= {first, second}
+    assert "python_multipart" not in {line["logger"].partition(".")[0] for line in lines}
 
 
 def test_what_is_wrong_with_an_index_is_told_once_whatever_the_number_of_processes(

@@ -39,6 +39,16 @@ def test_as_many_as_there_is_room_for_are_let_in_and_no_more(clock: Clock) -> No
     assert room.num_inside == 0
 
 
+def test_who_may_not_be_refused_counts_for_the_others(clock: Clock) -> None:
+    room = admission(clock, most_inside=1, most_seconds=1.0)
+    pass_through(room, clock, 0.9, times=5)
+    with room.entering(may_be_refused=False), room.entering(may_be_refused=False):
+        assert room.num_inside == 2
+        with pytest.raises(OverloadedError), room.entering():
+            pass
+    assert room.num_inside == 0
+
+
 def test_an_empty_room_lets_in_what_is_larger_than_it(clock: Clock) -> None:
     room = admission(clock, most_inside=2)
     with room.entering(5):

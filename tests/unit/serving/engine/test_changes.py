@@ -6,14 +6,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.decode import DecodeLimits
+from indexing import versions
+from indexing.living.journal import JournalTransaction
 from indexing.living.live_index import LiveIndex
-from lookalike.errors import DecodeError
+from lookalike.errors import DecodeError, ResourceError
 from lookalike.filters import parse_filter
 from lookalike.records import SearchParameters
 from serving.engine.errors import (
@@ -27,7 +32,7 @@ from serving.engine.errors import (
 from serving.engine.pictures import ThumbnailCache
 from serving.engine.queries import QueryPart, SearchQuery
 from serving.engine.query_engine import QueryEngine
-from tests.unit.serving.engine.colour_index import COLOURS, build_colours, engine_of
+from tests.unit.serving.engine.colour_index import COLOURS, ServedColours, build_colours, engine_of
 from tests.unit.serving.engine.fake_encoder import FakeEncoder, picture_of, unit
 from tests.unit.serving.small_index import NUM_PICTURES, SmallIndex, draw
 
@@ -112,6 +117,59 @@ def test_a_replacement_keeps_the_metadata_unless_it_brings_its_own(engine: Query
     assert own.picture is None  # that of the vector before
     with pytest.raises(UnknownItemError):
         asyncio.run(engine.replace(999, vector=unit(OLIVE)))
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_change_is_answered_as_it_was_made_though_another_process_deletes_it_at_once(
+    engine: QueryEngine, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    journal = engine._served_index.live.journal
+    writing = journal.writing
+    changed = 3 if replaces else len(COLOURS)
+
+    @contextmanager
+    def deleted_at_once() -> Iterator[JournalTransaction]:
+        with writing() as transaction:
+            yield transaction
+        with closing(LiveIndex.open(journal.path.parent)) as other:
+            other.delete([changed])
+
+    monkeypatch.setattr(journal, "writing", deleted_at_once)
+    how: dict[str, Any] = {"picture": picture_of(OLIVE), "metadata": {"red": 120}}
+    item = asyncio.run(engine.replace(3, **how) if replaces else engine.add(**how))
+    assert (item.id, item.key, item.width, item.metadata) == (changed, str(changed), 16, {"red": 120})
+    assert changed not in nearest(engine, OLIVE)
+    with pytest.raises(UnknownItemError):
+        asyncio.run(engine.item(changed))
+
+
+def test_a_vector_of_another_encoder_than_the_current_version_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_colours(tmp_path)
+    build_colours(tmp_path, index_type="IVF2,Flat")
+    versions.publish(index, "v0001")
+    engine = engine_of(index, FakeEncoder())
+    served_index, journal = engine._served_index, engine._served_index.live.journal
+    writing = journal.writing
+
+    def published_first() -> AbstractContextManager[JournalTransaction]:
+        """The last moment at which it can become current: nobody publishes within the transaction."""
+        served_index._fake = FakeEncoder(fingerprint="other")  # type: ignore[attr-defined]
+        versions.publish(index, "v0002")
+        return writing()
+
+    monkeypatch.setattr(journal, "writing", published_first)
+    for change in (engine.add(picture=picture_of(OLIVE)), engine.replace(3, picture=picture_of(OLIVE))):
+        with pytest.raises(ResourceError, match=r"v0002, of another encoder, has replaced v0001"):
+            asyncio.run(change)
+        versions.publish(index, "v0001")
+        served_index._fake = FakeEncoder()  # type: ignore[attr-defined]
+        served_index.live.refresh()
+    assert engine.num_changes == 0
+    monkeypatch.undo()
+    assert asyncio.run(engine.add(picture=picture_of(OLIVE))).id == len(COLOURS)
+    engine.close()
 
 
 def test_what_is_deleted_is_gone_for_every_search_and_listing(engine: QueryEngine) -> None:
@@ -222,6 +280,30 @@ def test_thumbnails_fit_and_are_made_once(real_engine: QueryEngine, monkeypatch:
     assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 8  # JPEG twice
     monkeypatch.setattr("serving.engine.pictures.CroppablePicture", None)
     assert asyncio.run(real_engine.thumbnail(0, side=32)) == small
+
+
+def test_the_limits_of_uploads_are_none_for_what_is_in_the_gallery(
+    real_engine: QueryEngine, small_index: SmallIndex, tmp_path: Path
+) -> None:
+    strict = QueryEngine.open(
+        tmp_path / "index", shards_folder=small_index.shards, picture_limits=DecodeLimits(max_pixels=500)
+    )
+    with pytest.raises(DecodeError):
+        asyncio.run(strict.add(picture=picture_of(OLIVE, side=32)))
+    assert Image.open(io.BytesIO(asyncio.run(strict.thumbnail(0, side=32)).data)).size == (32, 32)
+    strict.close()
+
+
+def test_a_picture_within_wide_limits_is_added_with_its_size(tmp_path: Path) -> None:
+    wide = DecodeLimits(max_side=40_000)
+    encoder = FakeEncoder()
+    engine = QueryEngine(ServedColours(build_colours(tmp_path), encoder), picture_limits=wide)
+    file = io.BytesIO()
+    Image.new("RGB", (35_000, 2), OLIVE).save(file, format="PNG")
+    item = asyncio.run(engine.add(picture=file.getvalue()))
+    assert item.width == 35_000
+    assert Image.open(io.BytesIO(asyncio.run(engine.thumbnail(item.id, side=64)).data)).width == 64
+    engine.close()
 
 
 def test_the_thumbnail_cache_never_holds_more_than_it_may_and_forgets_what_was_not_asked_for() -> None:

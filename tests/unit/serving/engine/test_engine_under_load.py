@@ -1,8 +1,9 @@
 """Many clients at once: batches form, queues stay bounded, and the event loop is never held up."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from indexing.living.live_view import LiveView
 from lookalike.errors import DecodeError
 from lookalike.records import SearchParameters
 from serving.engine import embedding, searches
-from serving.engine.errors import OverloadedError, UnknownItemError, UnsearchableVectorError
+from serving.engine.errors import (
+    OverloadedError,
+    PicturesUnavailableError,
+    UnknownItemError,
+    UnsearchableVectorError,
+)
 from serving.engine.queries import Answer, QueryPart, SearchQuery
 from serving.engine.query_engine import QueryEngine
 from tests.unit.serving.engine.colour_index import COLOURS, build_colours, engine_of
@@ -200,6 +206,65 @@ def test_exact_searches_of_many_clients_are_done_together_and_give_what_each_giv
         assert len(answer.hits) == query.parameters.k
         assert [(hit.item.id, hit.score) for hit in answer.hits] == [(hit.item.id, hit.score) for hit in expected.hits]
         assert query.parts[0].id not in [hit.item.id for hit in answer.hits]
+    engine.close()
+
+
+def test_embedded_pictures_count_as_searches_and_are_never_turned_away(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(index, FakeEncoder(), max_waiting_searches=2)
+    is_let_go, search = threading.Event(), LiveView.search
+
+    def held_search(*arguments: Any) -> Any:
+        is_let_go.wait(30)
+        return search(*arguments)
+
+    monkeypatch.setattr(LiveView, "search", held_search)
+
+    async def ask() -> None:
+        pictures = [asyncio.create_task(engine.search(by_picture(number))) for number in range(5)]
+        while engine._searches._admission.num_inside < 5:
+            await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="5 searches"):
+            await engine.search(SearchQuery((QueryPart(id=3),), PARAMETERS))
+        is_let_go.set()
+        assert [answer.hits[0].item.id for answer in await asyncio.gather(*pictures)] == list(range(5))
+        await engine.search(SearchQuery((QueryPart(id=3),), PARAMETERS))
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    engine.close()
+
+
+def test_lists_and_pictures_are_bounded_too(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(index, FakeEncoder(), max_waiting_reads=4)
+    is_let_go, metadata_of = threading.Event(), LiveView.metadata_of
+
+    def held_back(*arguments: Any) -> Any:
+        is_let_go.wait(30)
+        return metadata_of(*arguments)
+
+    monkeypatch.setattr(LiveView, "metadata_of", held_back)
+
+    async def ask() -> None:
+        reads: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+            lambda: engine.item(3),
+            lambda: engine.items(limit=2),
+            lambda: engine.random_items(2, seed=0),
+            lambda: engine.original(3),
+            lambda: engine.thumbnail(3, side=32),
+        ]
+        inside = [asyncio.create_task(read()) for read in reads[:4]]
+        await asyncio.sleep(0)
+        for read in reads:
+            with pytest.raises(OverloadedError, match="4 lists and pictures") as refusal:
+                await read()
+            assert refusal.value.retry_after_seconds > 0
+        is_let_go.set()
+        item, two, random, original = await asyncio.gather(*inside, return_exceptions=True)
+        assert (item.id, len(two), len(random)) == (3, 2, 2)
+        assert isinstance(original, PicturesUnavailableError)
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
     engine.close()
 
 

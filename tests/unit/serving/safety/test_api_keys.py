@@ -248,6 +248,12 @@ class TestScopes:
         assert client.post("/write", headers=bearer(writer)).json() == "written"
         assert code(client.post("/write")) == (401, "key.missing")
 
+    def test_a_key_that_may_only_write_reads_nothing(self, file: Path) -> None:
+        writer = add_key(file, "writer", ("write",), today="")
+        refused = small_app(keys=file).get("/read", headers=bearer(writer))
+        assert code(refused) == (403, "key.lacks_scope")
+        assert 'error="insufficient_scope", scope="read"' in refused.headers["www-authenticate"]
+
     def test_a_page_of_another_site_may_send_a_key_that_it_knows(self, file: Path) -> None:
         writer = add_key(file, "writer", ("read", "write"), today="")
         headers = {**bearer(writer), "Origin": "https://shop.example"}
