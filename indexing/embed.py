@@ -43,12 +43,13 @@ from lookalike.artifacts import (
 from lookalike.collectives import barrier
 from lookalike.encoder import Encoder, available_device, embed_pixels, write_encoder
 from lookalike.errors import ArtifactError, DataError
+from lookalike.native_libraries import keep_freed_memory
 from lookalike.progress import Progress
 from lookalike.settings import dump_settings
 from lookalike.world import World
 
 _MARKER_NAME = "identity.json"
-_PICTURES_PER_THREAD = 8
+_PICTURES_PER_THREAD = 16  # of the sizes tried, best or nearly so for every network; see benchmarks/freed_memory.py
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ def _embedding(encoder: Encoder, settings: EmbedSettings) -> Iterator[_EmbedBatc
     if encoder.mean.device.type != "cpu":
         yield embed_part
         return
+    keep_freed_memory()
     num_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="embed", initializer=torch.set_num_threads, initargs=(1,))
     try:

@@ -12,7 +12,8 @@ class EmbedSettings(Settings):
     """How pictures become vectors."""
 
     batch_size: PositiveInt = 64
-    """Pictures per forward pass; memory grows with it, results change by rounding only."""
+    """Pictures per forward pass; memory grows with it, results change by rounding only. On a processor each core takes
+    16 of them at a time, so more than four cores need more."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the network's multiplications; bfloat16 is faster on hardware made for it, and coarser."""
     storage: Literal["float32", "float16"] = "float32"

@@ -4,6 +4,7 @@ The first two bring their own OpenMP runtime. Loading faiss first, or letting bo
 or slowed many programs (faiss issues 2555, 3401, 4273; pytorch issue 149201). The order here is torch, then faiss.
 """
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -14,6 +15,9 @@ from types import ModuleType
 
 from lookalike.errors import ResourceError
 
+# Of `mallopt`, in glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_BYTES_KEPT = 1 << 30
 # OpenMP keeps the number of threads for each thread that calls it.
 _thread = threading.local()
 
@@ -35,6 +39,21 @@ def set_thread_policy() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep the memory of a network's layers for the next ones; called before an encoder is at work.
+
+    glibc gives large blocks back to the system as soon as they are free, and gets them anew, page by page, for the next
+    layer: see docs/decisions/0010-memory-of-layers-is-kept.md. From then on the process stays as large as it was at
+    its largest. Does nothing where the C library is another.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _BYTES_KEPT)
+        library.mallopt(_M_TRIM_THRESHOLD, _BYTES_KEPT)
+        # The areas of other threads end at 64 MB, and blocks that are larger would still come from the system.
+        library.mallopt(_M_ARENA_MAX, 1)
 
 
 def num_cores() -> int:

@@ -10,6 +10,7 @@ from numpy import ndarray
 from indexing.published_index import PublishedIndex
 from lookalike.encoder import available_device, embed_pixels
 from lookalike.encoder_settings import InputSettings
+from lookalike.native_libraries import keep_freed_memory
 
 # A processor is busy with few pictures, and others can be decoded meanwhile.
 _BATCH_OF_DEVICE = {"cpu": 8}
@@ -22,6 +23,8 @@ class PictureEncoder:
     def __init__(self, index: PublishedIndex) -> None:
         """Raises ArtifactError where the encoder in the version is missing, damaged, or not the one of its vectors."""
         device = available_device()
+        if device.type == "cpu":
+            keep_freed_memory()
         self._encoder = index.load_encoder().to(device)
         self.batch_size = _BATCH_OF_DEVICE.get(device.type, _LARGE_BATCH)
         self.fingerprint: str = self._encoder.fingerprint
