@@ -16,12 +16,16 @@ def small_index(tmp_path_factory: pytest.TempPathFactory) -> SmallIndex:
     return make_small_index(tmp_path_factory.mktemp("small_index"))
 
 
-@pytest.fixture(scope="session")
-def engine(small_index: SmallIndex) -> QueryEngine:
-    return QueryEngine.open(small_index.index)
+# Not for the session: a server at work draws random numbers, with which the type checks choose what they look at, and
+# Hypothesis refuses any that are drawn beside its own.
+@pytest.fixture(scope="module")
+def engine(small_index: SmallIndex) -> Iterator[QueryEngine]:
+    engine = QueryEngine.open(small_index.index)
+    yield engine
+    engine.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(engine: QueryEngine, small_index: SmallIndex) -> Iterator[TestClient]:
     app = create_app(engine, ServingSettings(index=small_index.index))
     with TestClient(app, base_url=LOCAL) as client:
