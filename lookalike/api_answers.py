@@ -49,6 +49,7 @@ class ServerLimits:
     max_waiting_pictures: int
     max_waiting_searches: int
     max_waiting_reads: int  # lists, items, files of pictures
+    max_waiting_writes: int  # additions, replacements, deletions
     max_wait_seconds: float  # that a search may be expected to take
 
 

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 # Without it, workers restarted by torchrun read the addresses of the previous attempt and hang (torch 2.13 with gloo
@@ -39,14 +39,24 @@ def may_hang_after_restart(environment: Mapping[str, str]) -> bool:
 
 
 def refuse_mistakes(arguments: Sequence[str]) -> None:
-    """Ends this process, with message and exit code, where every worker would refuse its settings.
+    """Ends this process, with message and exit code, where every worker would refuse its settings, and where it is
+    asked for the help of a verb.
 
     torchrun would start the workers again and again, and would not say why they end.
     """
     pairs = list(pairwise(arguments))
+    verb = next((place for place, (name, verb) in enumerate(pairs) if name == "lookalike" and verb in _verbs()), None)
+    if verb is not None and "--help" in arguments[verb + 2 :]:
+        importlib.import_module("lookalike.__main__").main(list(arguments[verb + 1 :]))
+        sys.exit(0)
     if ("lookalike", "train") in pairs:
         own = arguments[pairs.index(("lookalike", "train")) + 2 :]
         importlib.import_module("training.__main__").check(own, program="lookalike train")
+
+
+def _verbs() -> Collection[str]:
+    verbs: Collection[str] = importlib.import_module("lookalike.__main__").VERBS
+    return verbs
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "lookalike launch") -> None:

@@ -94,9 +94,23 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "version.refused": ProblemKind(409, "Choose another version, or build one that goes with what the detail names."),
     "version.off": ProblemKind(422, "Leave `version` out; this server searches only the version that serves."),
     "index.busy": ProblemKind(503, "Try again as soon as Retry-After says.", _PAUSE),
+    "index.compaction_failed": ProblemKind(500, "See the detail and the server's log, mend that, and compact again."),
     "server.overloaded": ProblemKind(429, "Try again as soon as Retry-After says.", _PAUSE),
     "server.not_ready": ProblemKind(503, "Try again shortly; /readyz tells when the server is ready.", _PAUSE),
     "server.error": ProblemKind(500, "Try again; if it persists, give the request id to the server's operator."),
+}
+
+# Errors whose words are the problem's detail.
+_CODES: Mapping[type[Exception], str] = {
+    UnsearchableFilterError: "filter.invalid",
+    EncoderUnavailableError: "encoder.unavailable",
+    UnknownItemError: "item.unknown",
+    IdTakenError: "item.exists",
+    UnfitItemError: "item.unfit",
+    UnknownVersionError: "version.unknown",
+    VersionRefusedError: "version.refused",
+    ComparisonOffError: "version.off",
+    PicturesUnavailableError: "pictures.unavailable",
 }
 
 
@@ -170,36 +184,21 @@ def problem_of(error: Exception) -> Problem:
             return Problem(code if code in PROBLEM_KINDS else "image.undecodable", str(error))
         case UnsearchableRegionError(reason=reason):
             return Problem(f"roi.{reason}", str(error))
-        case UnsearchableFilterError():
-            return Problem("filter.invalid", str(error))
-        case EncoderUnavailableError():
-            return Problem("encoder.unavailable", str(error))
         case UnsearchableVectorError(reason=reason):
             return Problem(f"vector.{reason}", str(error))
-        case UnknownItemError():
-            return Problem("item.unknown", str(error))
-        case IdTakenError():
-            return Problem("item.exists", str(error))
-        case UnfitItemError():
-            return Problem("item.unfit", str(error))
-        case UnknownVersionError():
-            return Problem("version.unknown", str(error))
-        case VersionRefusedError():
-            return Problem("version.refused", str(error))
         case VersionUnavailableError():
             return Problem("index.busy", str(error), headers={"Retry-After": _RETRY_SECONDS})
-        case ComparisonOffError():
-            return Problem("version.off", str(error))
         case OverloadedError(retry_after_seconds=seconds):
             return Problem("server.overloaded", str(error), headers={"Retry-After": retry_after(seconds)})
-        case PicturesUnavailableError():
-            return Problem("pictures.unavailable", str(error))
         case HTTPException(status_code=404):
             return Problem("route.unknown", "nothing is at this address")
         case HTTPException(status_code=405, headers=headers):
             return Problem("method.not_allowed", "this address does not take this method", headers=headers)
         case HTTPException(detail=detail, headers=headers):
             return Problem("request.refused", str(detail), headers=headers)
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return Problem(code, str(error))
     return Problem("server.error", "the server met an error it did not expect")
 
 
@@ -218,17 +217,9 @@ def add_problem_handlers(app: FastAPI) -> None:
         DecodeError,
         UnsearchableRegionError,
         UnsearchableVectorError,
-        UnsearchableFilterError,
-        EncoderUnavailableError,
-        UnknownItemError,
-        IdTakenError,
-        UnfitItemError,
-        UnknownVersionError,
-        VersionRefusedError,
         VersionUnavailableError,
-        ComparisonOffError,
         OverloadedError,
-        PicturesUnavailableError,
+        *_CODES,
     ):
         app.add_exception_handler(kind, answer)
 

@@ -54,7 +54,7 @@ async def read_batch(request: Request, limits: ServingLimits, *, dim: int) -> li
     """The searches of a batch, and in place of those that are refused the reason.
 
     Args:
-        dim: Length of the index's vectors, which bounds how long a batch can be.
+        dim: Greatest length of the vectors of any version, which bounds how long a batch can be.
 
     Raises:
         Problem: the batch as a whole is refused.

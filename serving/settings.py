@@ -31,7 +31,8 @@ class ServingLimits(Settings):
     max_wait_seconds: Annotated[float, Field(gt=0, le=3_600)] = 10.0
     """Longest time until a connection has sent the headers of its next request, or taken more of an answer."""
     max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 1_000
-    """Most open connections of one process; more are answered with 503 at once."""
+    """Most open connections of one process; more are answered with 503 at once. Each may send 64 KiB of headers to a
+    request, and 64 requests ahead."""
     pictures: DecodeLimits = DecodeLimits()
     """Which pictures are searched with and added; told from a picture's header, before a pixel is decoded."""
     max_k: Annotated[int, Field(ge=1, le=MOST_HITS)] = 1_000

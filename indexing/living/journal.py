@@ -130,8 +130,10 @@ class Journal:
         return int(rows[0][0]) if rows else 0
 
     def num_changes_after(self, sequence: int) -> int:
-        rows = self._rows("SELECT count(*) FROM changes WHERE sequence > ?", sequence)
-        return int(rows[0][0]) if rows else 0
+        """Without looking at them: their numbers have no gaps. Microseconds."""
+        facts = dict(self._rows("SELECT name, value FROM facts"))
+        first_left = max(sequence, facts.get("trimmed_through", 0))
+        return max(0, int(facts.get("last_sequence", 0)) - first_left)
 
     def makers_after(self, sequence: int) -> list[tuple[str | None, int]]:
         """Fingerprints of the encoders (None where not known) and dimensions of all vectors after a number."""
@@ -306,11 +308,15 @@ class JournalTransaction:
         self._keep_ids_below_next([entry.id for entry in entries])
         return changes
 
-    def delete(self, ids: Sequence[int]) -> None:
+    def delete(self, ids: Sequence[int]) -> list[Change]:
+        """Returns what a reader will find."""
+        changes = []
         for identifier, sequence in zip(ids, self._next_sequences(len(ids)), strict=True):
             self._connection.execute("INSERT INTO changes VALUES (?, ?, NULL, NULL, NULL)", (sequence, identifier))
+            changes.append(Change(sequence, identifier, None, {}, None))
             self._forget_picture(identifier)
         self._keep_ids_below_next(ids)
+        return changes
 
     def trim(self, through: int) -> None:
         """Lets go of changes up to a number: every version that is left has absorbed them."""

@@ -25,6 +25,7 @@ from lookalike.errors import ArtifactError, LookalikeError, ManifestMismatch, Re
 from lookalike.records import SearchHits, SearchParameters
 
 Ids = Sequence[int | np.integer] | Int64[ndarray, "ids"]
+Row = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 _KEY_COLUMN = "key"
@@ -63,7 +64,7 @@ class LiveIndex:
         self._accept = accept
         self.journal = Journal(folder, lock_seconds=lock_seconds)
         self._view_lock = threading.Lock()  # held for microseconds, or while changes of other processes are read
-        self._swap_lock = threading.Lock()  # held while a version is opened
+        self._swap_lock = threading.Lock()  # held while a version is opened to serve
         self._background = ThreadPoolExecutor(1, thread_name_prefix="index versions")
         self._compactions = ThreadPoolExecutor(1, thread_name_prefix="index compaction")
         self._current_seen, self._next_try = versions.stamp_of_current(folder), math.inf
@@ -169,7 +170,7 @@ class LiveIndex:
     def put(
         self,
         vectors: Float[ndarray, "n vector_dim"],
-        metadata: Sequence[Mapping[str, Any]] | None = None,
+        metadata: Sequence[Row] | None = None,
         *,
         ids: Ids | None = None,
         pictures: Sequence[StoredPicture | None] | None = None,
@@ -179,6 +180,7 @@ class LiveIndex:
         """`add`, or `replace` where it `replaces`; raises as they do.
 
         Args:
+            metadata: Instead of a row, what makes one of the row that is replaced, as it is then.
             made_for: The view whose encoder made the vectors; None: that is not checked.
 
         Returns:
@@ -216,8 +218,8 @@ class LiveIndex:
         chosen = _checked_ids(ids)
         with self._changing() as (transaction, view):
             view.require(chosen)
-            transaction.delete([int(i) for i in chosen])
-        self.view()
+            changes = transaction.delete([int(i) for i in chosen])
+        self._take_in(view, changes)
 
     # Versions
 
@@ -250,8 +252,7 @@ class LiveIndex:
             ArtifactError: there is no such version, or it could not be published.
         """
         versions.details_of(self.folder, version)
-        with self._swap_lock:
-            return self._open(version)
+        return self._open(version)  # no swap waits for it
 
     def brought_up_to_date(self, view: LiveView) -> LiveView:
         """A view that `open_version` returned, and what the journal got since.
@@ -261,7 +262,10 @@ class LiveIndex:
         """
         # Read before it is judged: then nothing of what is judged to be there can have left the journal before.
         read = self.journal.changes_after(view.sequence)
-        versions.require_fit_for_changes(self.folder, view.base.manifest.details, version=view.base.version)
+        details = view.base.manifest.details
+        # Nothing but what is new can have made it unfit: searches wait for this, and the journal may be long.
+        if read.trimmed_through > versions.absorbed_sequence(details) or not _fits(details, read.changes):
+            versions.require_fit_for_changes(self.folder, details, version=view.base.version)
         return view.after(read)
 
     def rollback(self) -> str:
@@ -368,6 +372,13 @@ def _id_after(view: LiveView) -> int:
     return int(ids[-1]) + 1 if len(ids) else 0
 
 
+def _fits(details: Mapping[str, Any], changes: Sequence[Change]) -> bool:
+    """Whether these changes may come after a version, see `versions.require_fit_for_changes`."""
+    dim, encoder = details["dim"], details.get("encoder_fingerprint")
+    made = {(change.encoder, len(change.vector)) for change in changes if change.vector is not None}
+    return all(length == dim and (not maker or not encoder or maker == encoder) for maker, length in made)
+
+
 def _encoder_of(view: LiveView) -> str | None:
     fingerprint = view.base.manifest.details.get("encoder_fingerprint")
     return None if fingerprint is None else str(fingerprint)
@@ -387,11 +398,11 @@ def _entries(
     view: LiveView,
     ids: Int64[ndarray, "n"],
     vectors: ndarray,
-    metadata: Sequence[Mapping[str, Any]] | None,
+    metadata: Sequence[Row] | None,
     pictures: Sequence[StoredPicture | None] | None,
 ) -> list[Entry]:
     """Raises ValueError for what does not fit the index."""
-    given_rows = [{}] * len(ids) if metadata is None else metadata
+    given_rows: Sequence[Row] = [{}] * len(ids) if metadata is None else metadata
     kept = [None] * len(ids) if pictures is None else pictures
     if not len(ids) == len(vectors) == len(given_rows) == len(kept):
         raise ValueError(
@@ -402,9 +413,12 @@ def _entries(
     return [Entry(int(i), v, m, p) for i, v, m, p in zip(ids, stored, rows, kept, strict=True)]
 
 
-def _completed_rows(view: LiveView, ids: ndarray, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _completed_rows(view: LiveView, ids: ndarray, rows: Sequence[Row]) -> list[dict[str, Any]]:
     schema = view.base.metadata.schema
-    complete = [dict(row) for row in rows]
+    complete = [
+        dict(row(view.metadata_of(ids[place : place + 1])[0]) if callable(row) else row)
+        for place, row in enumerate(rows)
+    ]
     if _KEY_COLUMN in schema.names:
         complete = [{_KEY_COLUMN: str(int(i)), **row} for i, row in zip(ids, complete, strict=True)]
     metadata_table(complete, schema)  # refuses what could not be searched later

@@ -7,7 +7,7 @@ measures them on such a collection beside the papers' values, which were chosen 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 from pydantic_core import PydanticCustomError
 
 from lookalike.errors import SettingsError
@@ -35,7 +35,7 @@ class AlphaQueryExpansion(Settings):
     """Which method."""
     num_neighbours: Neighbours = 3
     """First hits that join the query; 50 in the paper."""
-    alpha: NonNegativeFloat = 10.0
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """Weights are similarities to this power; 0 weighs all alike, 3 in the paper."""
 
 
@@ -78,7 +78,7 @@ class Diffusion(Settings):
     """First hits from which the walk starts; 10 in the paper."""
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """Probability to walk on; with the rest the walk starts anew. 0.99 in the paper."""
-    gamma: Annotated[float, Field(gt=0)] = 20.0
+    gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Edges weigh similarities to this power; 3 in the paper."""
 
 

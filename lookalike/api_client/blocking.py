@@ -100,7 +100,8 @@ class ApiClient:
             filter: Find only pictures whose metadata fit this condition, as `lookalike.filters` reads it.
             rerank: A second look at the first hits: a method's name, or its settings with that `name`.
             include: What the answer tells beside ids and scores; None: metadata and timings.
-            version: Of the index, which need not serve and does not change over; None: the one that serves.
+            version: Of the index, which need not serve and does not change over; None: the one that serves. While it is
+                being opened, the server is asked again, at most `num_attempts` times.
 
         Raises:
             ValueError: none or several are given, or numbers are not finite.

@@ -20,7 +20,7 @@ from lookalike.api_client.exchange import (
 from lookalike.api_client.queries import JsonObject, Numbers, SearchQuery, written_vector
 
 PictureSize = Literal["original", "thumbnail"]
-# Opening a version takes as long as its encoder takes to load, and a compaction as long as building an index.
+# A swap takes as long as opening the version does, and a compaction as long as building an index.
 _PATIENT = {"timeout": httpx2.Timeout(30.0, read=None)}
 
 
@@ -29,11 +29,11 @@ def info() -> Call[ServerInfo]:
 
 
 def search(query: SearchQuery) -> Call[SearchAnswer]:
-    return Call("POST", "v1/search", value_reader(SearchAnswer), query.content() | _patience_for([query]))
+    return Call("POST", "v1/search", value_reader(SearchAnswer), query.content())
 
 
 def search_batch(queries: Sequence[SearchQuery]) -> Call[tuple[SearchAnswer | ApiProblem, ...]]:
-    content = {"json": {"searches": [query.tree() for query in queries]}, **_patience_for(queries)}
+    content = {"json": {"searches": [query.tree() for query in queries]}}
     return Call("POST", "v1/search:batch", batch_results, content)
 
 
@@ -94,10 +94,6 @@ def compact() -> Call[str]:
 
 def readiness() -> Call[bool]:
     return Call("GET", "readyz", is_ready, is_asked_again=False)
-
-
-def _patience_for(queries: Sequence[SearchQuery]) -> dict[str, Any]:
-    return _PATIENT if any(query.version is not None for query in queries) else {}
 
 
 def _path(id: int) -> str:

@@ -15,9 +15,15 @@ from numpy import ndarray
 from indexing import versions
 from indexing.living.journal import StoredPicture
 from lookalike.errors import ArtifactError, ResourceError
-from serving.engine.errors import IdTakenError, UnfitItemError, UnknownItemError, UnknownVersionError
+from serving.engine.errors import (
+    CompactionFailedError,
+    IdTakenError,
+    UnfitItemError,
+    UnknownItemError,
+    UnknownVersionError,
+)
 from serving.engine.pictures import NO_PICTURE, may_have_been_of_shards, size_of
-from serving.engine.queries import IndexVersion
+from serving.engine.queries import IndexVersion, IndexVersions
 from serving.engine.served_index import Served, ServedIndex
 from serving.observability.metrics import ServingMetrics
 
@@ -86,14 +92,16 @@ class Changes:
             metadata: None: those it has.
         """
         stored = _stored(served, picture, id)
+
+        def row_after(old: dict[str, Any]) -> dict[str, Any]:
+            row = _as_json(old) if metadata is None else dict(metadata)
+            if metadata is None and picture is not None:  # of another size
+                row = {name: value for name, value in row.items() if name not in ("width", "height")}
+            return _with_size(served, row, picture)
+
         try:
-            if metadata is None:
-                metadata = _as_json(self._index.live.metadata_of(np.array([id], np.int64))[0])
-                if picture is not None:  # of another size
-                    metadata = {name: value for name, value in metadata.items() if name not in ("width", "height")}
-            row = _with_size(served, dict(metadata), picture)
             _, view = self._index.live.put(
-                vector[None], [row], ids=[id], pictures=[stored], replaces=True, made_for=served.view
+                vector[None], [row_after], ids=[id], pictures=[stored], replaces=True, made_for=served.view
             )
         except KeyError as error:
             raise UnknownItemError(f"there is no picture with id {id}") from error
@@ -113,14 +121,9 @@ class Changes:
 
     # Versions
 
-    def current_version(self) -> str:
-        """On the disk; not the one that serves, where it cannot."""
-        return versions.current_version(self._index.folder)
-
-    def versions(self) -> list[IndexVersion]:
-        """Oldest first."""
-        folder = self._index.folder
-        current, served = versions.current_version(folder), self._index.now().index_version
+    def versions(self) -> IndexVersions:
+        folder, journal = self._index.folder, self._index.live.journal
+        current, served = versions.current_version(folder), self._index.now()
         found = []
         for name in versions.versions_of(folder):
             try:
@@ -133,15 +136,16 @@ class Changes:
                 IndexVersion(
                     name,
                     is_current=name == current,
-                    is_served=name == served,
+                    is_served=name == served.index_version,
                     index_type=details["type"],
                     num_vectors=details["num_vectors"],
                     dim=details["dim"],
                     encoder_fingerprint=None if encoder is None else str(encoder),
-                    num_changes_since=self._index.live.journal.num_changes_after(absorbed),
+                    num_changes_since=journal.num_changes_after(absorbed),
                 )
             )
-        return found
+        absorbed = versions.absorbed_sequence(served.view.base.manifest.details)
+        return IndexVersions(current, served.index_version, journal.num_changes_after(absorbed), found)
 
     def swap(self, version: str) -> "Future[str]":
         """Checks a version, makes it current, and serves it."""
@@ -191,6 +195,8 @@ class Changes:
     def _compact(self) -> str:
         # Not in this process: its work would hold up answers, and its memory would stay.
         command = [sys.executable, "-m", "indexing", "compact", str(self._index.folder), "--json"]
+        with versions.compacting(self._index.folder):
+            pass  # nobody else is at it: whatever ends the process below is no reason to begin again
         with self._lock:
             if self._is_closed:
                 raise ResourceError("the server is stopping")
@@ -201,7 +207,7 @@ class Changes:
             self._compaction = None
         if process.returncode:
             lines = errors.strip().splitlines() or [f"it ended with code {process.returncode}"]
-            raise ResourceError(f"the compaction failed: {lines[-1]}")
+            raise CompactionFailedError(f"the compaction failed: {lines[-1]}")
         self._index.live.refresh()
         return str(json.loads(output)["current"])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -9,16 +10,26 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from indexing.living.live_index import LiveIndex
 from indexing.living.live_view import LiveView
 from lookalike.errors import ArtifactError, ResourceError
-from serving.engine.errors import ComparisonOffError, VersionRefusedError, VersionUnavailableError
+from serving.engine.admission import Admission
+from serving.engine.errors import (
+    ComparisonOffError,
+    OverloadedError,
+    VersionRefusedError,
+    VersionUnavailableError,
+    without_folders,
+)
 from serving.engine.served_index import Served, ServedIndex
 from serving.engine.stages import Stages
 
 # Opening takes seconds, and whoever asks for what cannot be opened asks again.
 _SECONDS_BETWEEN_TRIES = 5.0
+# Who comes back waits for the rest of the opening, not for another one.
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +41,23 @@ class OpenVersion:
         """Raises ArtifactError and ResourceError, as publishing it would."""
         self._live = live
         self._lock = threading.Lock()
-        self._journal_taken_in = live.journal.stamp()  # before reading: at worst there is one look too many
-        self._view = live.open_version(version)
+        stamp = live.journal.stamp()  # before reading: at worst there is one look too many
+        self._last = live.open_version(version), stamp
+
+    def view_at_hand(self) -> LiveView | None:
+        """All that is durable at this moment, unless it has yet to be read. Microseconds."""
+        view, stamp = self._last
+        return view if stamp == self._live.journal.stamp() else None
 
     def view(self) -> LiveView:
-        """All that is durable at this moment; raises as it was opened."""
+        """All that is durable at this moment, read where it must be; raises as it was opened."""
         with self._lock:
+            view, known = self._last
             stamp = self._live.journal.stamp()
-            if stamp != self._journal_taken_in:
-                self._view = self._live.brought_up_to_date(self._view)
-                self._journal_taken_in = stamp
-            return self._view
+            if stamp != known:
+                view = self._live.brought_up_to_date(view)
+                self._last = view, stamp
+            return view
 
 
 class _Refusal:
@@ -57,23 +74,28 @@ class _Refusal:
 class ComparedVersions:
     """Safe to use from many threads, and by the tasks of several event loops."""
 
-    def __init__(self, index: ServedIndex, *, most_open: int) -> None:
+    def __init__(self, index: ServedIndex, *, most_open: int, most_waiting: int) -> None:
         """
         Args:
             most_open: Versions beside the one that serves; 0: there are none.
+            most_waiting: Searches, for versions to be opened or to take in what was written.
         """
         self._index, self._most_open = index, most_open
+        self._waiting = Admission("searches that wait for a version", most_inside=most_waiting, most_seconds=math.inf)
         # One after the other: each takes memory and all cores.
         self._openers = ThreadPoolExecutor(1, thread_name_prefix="compared versions")
+        # They would wait for each other anyway, and must wait neither for an opening nor in the way of searches.
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="changes of compared versions")
         self._lock = threading.Lock()  # around the three below
         self._open: OrderedDict[str, OpenVersion] = OrderedDict()  # the one named last comes last
         self._opening: dict[str, Future[OpenVersion | _Refusal]] = {}
         self._refusals: dict[str, _Refusal] = {}
 
-    async def named(self, version: str, serving: Served, stages: Stages) -> Served:
+    async def named(self, version: str, serving: Served, stages: Stages, *, deadline_seconds: float) -> Served:
         """What the index would hold at this moment if `version` were published; `serving` where that is its name.
 
         Raises:
+            OverloadedError: too many wait already, or it is not open before the deadline; opening it goes on.
             UnknownVersionError: there is no such version.
             VersionRefusedError: it could not be published.
             VersionUnavailableError: it cannot be opened at this moment.
@@ -88,15 +110,14 @@ class ComparedVersions:
             )
         found = self._at_hand(version)
         if isinstance(found, Future):
-            started = time.perf_counter()
-            # Shielded, or the first to leave would take it from the others.
-            found = await asyncio.shield(asyncio.wrap_future(found))
-            stages.count("open", time.perf_counter() - started)
+            found = await self._when_open(version, found, stages, deadline_seconds)
         if isinstance(found, _Refusal):
             raise found.error()
         try:
-            with _refusals_named():
-                view = found.view()
+            with _refusals_named(version, self._index.folder):
+                view = found.view_at_hand()
+                if view is None:
+                    view = await self._read(found)
         except VersionRefusedError:
             self._forget(version)  # changes have come that it cannot go with
             raise
@@ -114,6 +135,7 @@ class ComparedVersions:
     def close(self) -> None:
         """Waits for what is being opened."""
         self._openers.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
         with self._lock:
             self._open.clear()
 
@@ -131,6 +153,26 @@ class ComparedVersions:
                 self._opening[version] = self._openers.submit(self._opened, version)
             return self._opening[version]
 
+    async def _when_open(
+        self, version: str, opening: "Future[OpenVersion | _Refusal]", stages: Stages, deadline_seconds: float
+    ) -> OpenVersion | _Refusal:
+        started = time.perf_counter()
+        with self._waiting.entering():
+            try:
+                # Shielded, or the first to leave would take it from the others.
+                return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(opening)), deadline_seconds)
+            except TimeoutError:
+                raise OverloadedError(
+                    f"version {version} is still being opened, after {deadline_seconds:.2g} s",
+                    retry_after_seconds=_SECONDS_BETWEEN_LOOKS,
+                ) from None
+            finally:
+                stages.count("open", time.perf_counter() - started)
+
+    async def _read(self, opened: OpenVersion) -> LiveView:
+        with self._waiting.entering():
+            return await asyncio.get_running_loop().run_in_executor(self._readers, opened.view)
+
     def _forget(self, version: str) -> None:
         with self._lock:
             self._open.pop(version, None)
@@ -141,7 +183,7 @@ class ComparedVersions:
                 while len(self._open) >= self._most_open:
                     self._open.popitem(last=False)
             started = time.perf_counter()
-            with _refusals_named():
+            with _refusals_named(version, self._index.folder):
                 opened = OpenVersion(self._index.live, version)
             with self._lock:
                 self._open[version] = opened
@@ -154,7 +196,6 @@ class ComparedVersions:
             refusal = _Refusal(error)
             with self._lock:
                 self._refusals[version] = refusal
-            logger.warning("version %s cannot be searched: %s", version, error)
             return refusal
         finally:
             with self._lock:
@@ -162,10 +203,13 @@ class ComparedVersions:
 
 
 @contextmanager
-def _refusals_named() -> Iterator[None]:
+def _refusals_named(version: str, folder: Path) -> Iterator[None]:
+    """Who may only search learns what is wrong; where it lies is in the log."""
     try:
         yield
-    except ArtifactError as error:
-        raise VersionRefusedError(str(error)) from error
-    except ResourceError as error:
-        raise VersionUnavailableError(str(error)) from error
+    except OverloadedError:
+        raise
+    except (ArtifactError, ResourceError) as error:
+        logger.warning("version %s cannot be searched: %s", version, error)
+        kind = VersionRefusedError if isinstance(error, ArtifactError) else VersionUnavailableError
+        raise kind(without_folders(str(error), folder)) from error

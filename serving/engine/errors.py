@@ -1,8 +1,12 @@
 """What the engine refuses, each with what a caller needs to tell why."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from lookalike.errors import ArtifactError, DataError, ResourceError
+
+_FOLDERS = re.compile(r"(?<![\w:/])/(?:[^\s/,;:'\"]+/)+")
 
 
 class OverloadedError(ResourceError):
@@ -37,6 +41,10 @@ class VersionUnavailableError(ResourceError):
     """A version that cannot be opened at this moment."""
 
 
+class CompactionFailedError(ResourceError):
+    """A compaction that was begun, and failed."""
+
+
 class ComparisonOffError(ResourceError):
     """This server searches the version that serves, and no other."""
 
@@ -69,3 +77,10 @@ class UnsearchableRegionError(DataError):
 
 class UnsearchableFilterError(DataError):
     """A condition that the metadata cannot be held against."""
+
+
+def without_folders(message: str, folder: Path) -> str:
+    """The message with `v0001/ids.npy` in place of `/data/shop/v0001/ids.npy`, and of other paths the names alone."""
+    for index in {str(folder), str(folder.absolute()), str(folder.resolve())}:
+        message = message.replace(f"{index}/", "").replace(f"{index} ", "the index ")
+    return _FOLDERS.sub("", message)

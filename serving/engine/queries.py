@@ -95,3 +95,13 @@ class IndexVersion:
     dim: int
     encoder_fingerprint: str | None
     num_changes_since: int  # in the journal, not in this version
+
+
+@dataclass(frozen=True, slots=True)
+class IndexVersions:
+    """What the index folder holds."""
+
+    current: str  # on the disk; another one may serve, where that was refused
+    served: str
+    num_changes: int  # in the journal, not in the version that serves
+    versions: list[IndexVersion]  # oldest first

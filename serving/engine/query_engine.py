@@ -39,7 +39,7 @@ from serving.engine.pictures import Pictures
 from serving.engine.queries import (
     Answer,
     Hit,
-    IndexVersion,
+    IndexVersions,
     Item,
     PictureFile,
     QueryPart,
@@ -92,12 +92,15 @@ class QueryEngine:
         )
         # By number alone: a list may take a hundred times what a thumbnail does, and no rate would tell of both.
         self._reads = Admission("lists and pictures", most_inside=settings.max_waiting_reads, most_seconds=math.inf)
+        self._writes = Admission("changes", most_inside=settings.max_waiting_writes, most_seconds=math.inf)
         self._searches = Searches(
             settings, num_threads=threads, on_batch=lambda size: self._observe_batch("search", size)
         )
         self.pictures = Pictures(index.live.journal, cache_bytes=settings.thumbnail_cache_bytes)
         self._changes = Changes(index, metrics=metrics)
-        self._compared = ComparedVersions(index, most_open=settings.max_compared_versions)
+        self._compared = ComparedVersions(
+            index, most_open=settings.max_compared_versions, most_waiting=settings.max_waiting_searches
+        )
 
     @classmethod
     def open(
@@ -196,7 +199,8 @@ class QueryEngine:
         """
         stages, served = Stages(), self.served()
         if query.version is not None:
-            served = await self._compared.named(query.version, served, stages)
+            deadline = self._deadline(query.deadline_seconds)
+            served = await self._compared.named(query.version, served, stages, deadline_seconds=deadline)
         pictures = [part for part in query.parts if part.picture is not None]
         if not pictures:
             return await self._search(query, served, [None] * len(query.parts), stages)
@@ -205,6 +209,12 @@ class QueryEngine:
         now = served if query.version is not None else self.served()
         # Vectors of another encoder cannot be compared; what served when the request came can still be searched.
         return await self._search(query, now if now.encoder is served.encoder else served, vectors, stages)
+
+    async def greatest_dim(self) -> int:
+        """Length of the longest vectors that a search may be by, of those of all versions."""
+        if not self._settings.max_compared_versions:
+            return self.index.dim
+        return await self._run(self._served_index.greatest_dim)
 
     async def search_all(self, queries: Sequence[SearchQuery]) -> list[Answer | LookalikeError]:
         """Each query's answer, or why there is none."""
@@ -362,12 +372,14 @@ class QueryEngine:
             ValueError: not exactly one of picture and vector is given.
             IdTakenError: the id is in use.
             UnfitItemError: id or metadata do not fit the index.
+            OverloadedError: too many changes wait already, or pictures.
             ResourceError: the journal cannot be written.
             Exception: whatever `search` raises for such a picture or vector.
         """
-        served, unit = await self._vector_to_store(picture, vector)
-        written, chosen = await self._write(self._changes.add, served, unit, picture, metadata or {}, id)
-        return await self._run(self._item_of, written, chosen)
+        with self._writes.entering():
+            served, unit = await self._vector_to_store(picture, vector)
+            written, chosen = await self._write(self._changes.add, served, unit, picture, metadata or {}, id)
+            return await self._run(self._item_of, written, chosen)
 
     async def replace(
         self,
@@ -383,14 +395,16 @@ class QueryEngine:
             UnknownItemError: no picture has this id.
             Exception: whatever `add` raises.
         """
-        await self._run(self._row_of, self.served(), id)
-        served, unit = await self._vector_to_store(picture, vector)
-        written = await self._write(self._changes.replace, served, id, unit, picture, metadata)
-        return await self._run(self._item_of, written, id)
+        with self._writes.entering():
+            await self._run(self._row_of, self.served(), id)
+            served, unit = await self._vector_to_store(picture, vector)
+            written = await self._write(self._changes.replace, served, id, unit, picture, metadata)
+            return await self._run(self._item_of, written, id)
 
     async def delete(self, id: int) -> None:
-        """As durable as `add`. Raises UnknownItemError where no picture has this id."""
-        await self._write(self._changes.delete, id)
+        """As durable as `add`. Raises UnknownItemError where no picture has this id, and OverloadedError."""
+        with self._writes.entering():
+            await self._write(self._changes.delete, id)
 
     async def _vector_to_store(
         self, picture: bytes | None, vector: Vector | None
@@ -405,13 +419,9 @@ class QueryEngine:
 
     # Versions
 
-    async def current_version(self) -> str:
-        """On the disk; another one may serve, where that was refused."""
-        return await self._run(self._changes.current_version)
-
-    async def versions(self) -> list[IndexVersion]:
-        """Oldest first."""
-        return await self._run(self._changes.versions)
+    async def versions(self) -> IndexVersions:
+        """Raises ArtifactError where the folder does not tell which is current, and OverloadedError."""
+        return await self._read(self._changes.versions)
 
     async def swap(self, version: str) -> str:
         """Opens and checks a version, then makes it current and serves it; returns its name.
@@ -431,7 +441,8 @@ class QueryEngine:
         """Builds a version with all changes in another process, and serves it; returns its name.
 
         Raises:
-            ResourceError: another compaction is under way, or this one failed.
+            CompactionFailedError: it was begun, and failed.
+            ResourceError: another compaction is under way.
             ArtifactError: the new version failed its check: the old one goes on serving.
         """
         return await asyncio.wrap_future(self._changes.compact())

@@ -91,6 +91,7 @@ class ServedIndex:
         self._companions: weakref.WeakKeyDictionary[PublishedIndex, Companions] = weakref.WeakKeyDictionary()
         self._companions_lock = threading.Lock()
         self._next_complaint = 0.0
+        self._dims: dict[str, int] = {}
         self.live = LiveIndex.open(folder, accept=self._accept)
         self._last = self.live.view()
 
@@ -116,6 +117,18 @@ class ServedIndex:
         if version not in known:
             raise UnknownVersionError(f"there is no version {version}; there are {', '.join(known)}")
 
+    def greatest_dim(self) -> int:
+        """Of all versions that can be read; each manifest is read once."""
+        dims = [self.live.dim]
+        for version in versions.versions_of(self.folder):
+            if version not in self._dims:
+                try:
+                    self._dims[version] = int(versions.details_of(self.folder, version)["dim"])
+                except ArtifactError:
+                    continue  # removed, or damaged: it cannot be searched
+            dims.append(self._dims[version])
+        return max(dims)
+
     def close(self) -> None:
         self.live.close()
         with self._companions_lock:
@@ -129,22 +142,27 @@ class ServedIndex:
         encoder = self._load_encoder(base) if has_encoder else None
         shards = self._shards_of(base)
         with self._companions_lock:
-            known = list(self._companions.values())
-        # Versions of one collection share one encoder: its weights are in memory once.
-        for other in known:
+            encoder, shards = self._those_in_use(encoder, shards)
+        if encoder is not None:
+            started = time.perf_counter()
+            num_canaries = self._check_canaries(base, encoder, shards)
+            seconds = time.perf_counter() - started
+            logger.info("index %s: %d canaries embedded again in %.1f s", base.folder, num_canaries, seconds)
+        with self._companions_lock:  # another version may have been opened meanwhile
+            self._companions[base] = Companions(*self._those_in_use(encoder, shards))
+
+    def _those_in_use(
+        self, encoder: Embedder | None, shards: ShardSet | None
+    ) -> tuple[Embedder | None, ShardSet | None]:
+        """Versions of one collection share one encoder: its weights are in memory once. The caller holds the lock."""
+        for other in self._companions.values():
             if encoder is not None and other.encoder is not None and other.encoder.fingerprint == encoder.fingerprint:
                 encoder = other.encoder
             if shards is not None and other.shards is not None and other.shards.fingerprint == shards.fingerprint:
                 if other.shards is not shards:
                     shards.close()
                 shards = other.shards
-        if encoder is not None:
-            started = time.perf_counter()
-            num_canaries = self._check_canaries(base, encoder, shards)
-            seconds = time.perf_counter() - started
-            logger.info("index %s: %d canaries embedded again in %.1f s", base.folder, num_canaries, seconds)
-        with self._companions_lock:
-            self._companions[base] = Companions(encoder, shards)
+        return encoder, shards
 
     def _check_canaries(self, base: PublishedIndex, encoder: Embedder, shards: ShardSet | None) -> int:
         journal = Journal(self.folder)

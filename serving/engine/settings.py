@@ -17,13 +17,17 @@ class EngineSettings(Settings):
     max_waiting_pictures: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Most pictures between arrival and their vectors; beyond, requests are refused at once."""
     max_waiting_searches: Annotated[int, Field(ge=1, le=100_000)] = 512
-    """Most searches that wait or run; beyond, requests are refused at once."""
+    """Most searches that wait or run, and most that wait for a version to be opened; beyond, requests are refused at
+    once."""
     max_waiting_reads: Annotated[int, Field(ge=1, le=100_000)] = 256
     """Most lists, items, thumbnails and originals that are asked for and not yet there; beyond, requests are refused at
     once. A browser asks for six at a time."""
+    max_waiting_writes: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Most additions, replacements and deletions that wait or run; beyond, requests are refused at once. They come one
+    after the other."""
     max_wait_seconds: Annotated[float, Field(gt=0, le=3_600)] = 5.0
     """Longest time that a search, or making a vector, may be expected to take, by the measured rate; else it is refused
-    at once."""
+    at once. Also the longest time that a search waits for a version to be opened."""
     scaled_decode: bool = False
     """Whether large JPEGs of queries are decoded at 1/2, 1/4 or 1/8 of their size: less work, but not quite the pixels
     that the gallery was embedded with. Off, a query's vector is that of the same picture in the gallery."""

@@ -188,7 +188,7 @@ async def item(id: IdInPath, request: Request, engine: Engine) -> Response:
     dependencies=FOR_WRITERS,
     responses={
         204: {"description": "It is gone"},
-        **problems("item.unknown", "request.invalid", *WRITING_PROBLEMS),
+        **problems("item.unknown", "request.invalid", "server.overloaded", *WRITING_PROBLEMS),
     },
 )
 async def delete_item(id: IdInPath, engine: Engine) -> Response:

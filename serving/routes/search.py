@@ -139,7 +139,7 @@ async def search(request: Request, engine: Engine, limits: Limits) -> Response:
 )
 async def search_batch(request: Request, engine: Engine, limits: Limits) -> Response:
     """Several searches at once; one that is refused leaves the others alone."""
-    asked = await read_batch(request, limits, dim=engine.index.dim)
+    asked = await read_batch(request, limits, dim=await engine.greatest_dim())
     charge(request, len(asked))
     fetch = _fetcher(request)
     queries = await asyncio.gather(*[_query_or_problem(search, fetch) for search in asked])

@@ -16,6 +16,8 @@ from serving.schemas.problems import ProblemDetails
 from serving.settings import ServingLimits
 
 _MOST_HEADER_BYTES = 64 << 10
+# Requests that wait behind the one that is being answered; asyncio hands over 256 KiB, or 14,000 of them, at once.
+_MOST_SENT_AHEAD = 64
 # In the longest wait; with the default, whoever takes 13 kbit/s gets every answer.
 _LEAST_BYTES_TAKEN = 16 << 10
 
@@ -33,7 +35,7 @@ class _GuardedProtocol(HttpToolsProtocol):
     max_connections: int
     max_wait_seconds: float
     _timer: asyncio.TimerHandle | None = None
-    _num_header_bytes = 0
+    _num_header_bytes = 0  # since a request's headers, a part of its body, or all of it came
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -48,19 +50,32 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        cycle = self.cycle
+        self._num_header_bytes += len(data)
         super().data_received(data)
-        # httptools has no limit of its own.
-        self._num_header_bytes = self._num_header_bytes + len(data) if self._is_waiting_since(cycle) else 0
+        # httptools has no limit of its own; also what comes behind a request that is being answered is kept.
         if self._num_header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
             self._refuse("request.malformed", f"the headers are longer than {_MOST_HEADER_BYTES} bytes", {})
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._num_header_bytes = 0
+        if len(self.pipeline) > _MOST_SENT_AHEAD:
+            raise ValueError(f"more than {_MOST_SENT_AHEAD} requests sent ahead")  # the parser stops: no more are made
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if not self.cycle.response_complete:
+            self._num_header_bytes = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._num_header_bytes = 0
 
     def on_response_complete(self) -> None:
         cycle = self.cycle
         super().on_response_complete()
         # With another cycle, a request that was sent ahead has begun.
         if self.cycle is cycle:
-            self._num_header_bytes = 0
             self._watch()
 
     def pause_writing(self) -> None:

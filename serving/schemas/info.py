@@ -61,6 +61,8 @@ class LimitsAnswer(AnswerModel):
     """Most searches that wait or run in one process; beyond, requests are refused at once."""
     max_waiting_reads: int
     """Most lists and pictures that are asked for at a time in one process; beyond, requests are refused at once."""
+    max_waiting_writes: int
+    """Most changes of items that wait or run in one process; beyond, requests are refused at once."""
     max_wait_seconds: float
     """Longest time that a search, or making a vector, may be expected to take; else it is refused at once."""
 

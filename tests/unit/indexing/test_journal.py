@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,25 @@ def test_sequence_numbers_go_on_after_everything_was_trimmed(journal: Journal) -
     read = journal.changes_after(2)
     assert [(c.sequence, c.id) for c in read.changes] == [(3, 3)]
     assert read.trimmed_through == journal.trimmed_through() == 2
+
+
+def test_the_number_of_changes_is_that_of_counting_them(journal: Journal) -> None:
+    def check() -> None:
+        for sequence in range(9):
+            assert journal.num_changes_after(sequence) == len(journal.changes_after(sequence).changes)
+
+    check()
+    put(journal, entry(1), entry(2), entry(1))
+    with suppress(KeyError), journal.writing() as transaction:
+        transaction.put([entry(5)], encoder=None)
+        raise KeyError("stop")
+    check()
+    with journal.writing() as transaction:
+        transaction.delete([2])
+        transaction.trim(2)
+    put(journal, entry(7), entry(8))
+    check()
+    assert journal.num_changes_after(0) == 4
 
 
 def test_a_journal_begun_anew_numbers_after_what_the_version_absorbed(journal: Journal) -> None:

@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from numpy import ndarray
 
 from indexing.building.build import build_index
-from indexing.living.journal import StoredPicture
+from indexing.living.journal import JournalTransaction, StoredPicture
 from indexing.living.live_index import LiveIndex
 from indexing.settings import IndexSettings
 from indexing.sources.arrays import ArraySource
@@ -88,6 +89,35 @@ def test_the_next_search_finds_an_addition_and_not_what_was_deleted(live: LiveIn
     assert live.num_vectors == NUM_VECTORS - 1
     assert live.num_changes == 4
     assert live.ids().tolist() == [i for i in range(0, 600, 10) if i != 30]
+
+
+def test_a_deletion_counts_though_the_journal_cannot_be_read_after_it(
+    live: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = live.journal.writing
+
+    def fail() -> int:
+        raise ResourceError("the journal cannot be used: too many open files")
+
+    @contextmanager
+    def unreadable_after() -> Iterator[JournalTransaction]:
+        with writing() as transaction:
+            yield transaction
+        monkeypatch.setattr(live.journal, "stamp", fail)
+
+    monkeypatch.setattr(live.journal, "writing", unreadable_after)
+    live.delete([30])
+    monkeypatch.undo()
+    assert 30 not in nearest(live, unit(3), k=100)
+    assert live.num_changes == 1
+
+
+def test_a_row_is_made_of_that_which_it_replaces(live: LiveIndex) -> None:
+    def row(old: dict[str, Any]) -> dict[str, Any]:
+        return {**old, "label": old["label"] + 100}
+
+    live.put(units(700, 701), [row, {"key": "given"}], ids=[40, 20], replaces=True)
+    assert live.metadata_of(np.array([40, 20])) == [{"key": "old4", "label": 100}, {"key": "given", "label": None}]
 
 
 def test_ties_are_ordered_by_id_across_base_and_additions(live: LiveIndex) -> None:

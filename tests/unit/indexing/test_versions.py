@@ -17,6 +17,7 @@ import pytest
 from indexing.__main__ import main
 from indexing.building import build as build_module
 from indexing.living.compaction import compact_index
+from indexing.living.journal import Journal
 from indexing.living.live_index import LiveIndex
 from indexing.versions import (
     current_version,
@@ -82,6 +83,26 @@ def test_another_version_is_opened_and_kept_up_to_date_without_changing_over(fol
     live.compact(keep_versions=1)
     with pytest.raises(ArtifactError, match="lacks the changes"):
         live.brought_up_to_date(older)
+
+
+def test_what_is_new_alone_tells_whether_an_open_version_may_go_on(
+    live: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    details = live.view().base.manifest.details
+    details["encoder_fingerprint"] = "a" * 64  # type: ignore[index]
+    change(live)
+    view = live.view()
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "makers_after", lambda self, sequence: pytest.fail("the whole journal was read"))
+        live.add(units(720))
+        live.delete([0])
+        view = live.brought_up_to_date(view)
+        assert content(view) == content(live)
+    details["encoder_fingerprint"] = "b" * 64  # type: ignore[index]
+    live.add(units(721))
+    details["encoder_fingerprint"] = "a" * 64  # type: ignore[index]
+    with pytest.raises(ManifestMismatch, match=r"by encoder aaaaaaaaaaaa, .* by encoder bbbbbbbbbbbb"):
+        live.brought_up_to_date(view)
 
 
 def test_a_version_of_other_vectors_is_not_published_over_changes(folder: Path, live: LiveIndex) -> None:

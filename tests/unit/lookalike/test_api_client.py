@@ -288,6 +288,15 @@ class TestPatience:
         assert pauses == [3, 0]
 
     @both
+    def test_what_is_still_being_opened_is_asked_for_again_and_no_answer_waited_for_without_end(
+        self, kind: type, pauses: list[float]
+    ) -> None:
+        script = Script(problem(429, retry_after="1"), httpx2.Response(200, json=SEARCH_ANSWER))
+        found = ask(kind, lambda client: client.search(id=1, version="v0001"), script, timeout_seconds=2.5)
+        assert (found.index_version, pauses) == ("v0001", [1])
+        assert [request.extensions["timeout"]["read"] for request in script.requests] == [2.5, 2.5]
+
+    @both
     def test_a_wish_may_be_a_date(self, kind: type, pauses: list[float]) -> None:
         soon, past = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (30, -30))
         answers = [problem(retry_after=format_datetime(moment, usegmt=True)) for moment in (soon, past)]

@@ -80,3 +80,14 @@ def test_a_backbone_that_there_is_not_ends_the_launch(
         main(["launch", "--standalone", "lookalike", *verb, str(config), "encoder.backbone=resnet10tt"])
     assert refused.value.code == 2
     assert "Near names: resnet10t," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["train"], ["train", "run"], ["embed"]])
+def test_the_help_of_a_verb_is_printed_and_starts_nothing(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("torchrun was started"))
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", "--standalone", "--max-restarts", "3", "lookalike", *verb, "--help"])
+    assert not ended.value.code
+    assert f"lookalike {verb[0]}" in capsys.readouterr().out

@@ -311,6 +311,7 @@ def test_info_tells_limits_counts_and_the_measured_recall(client: TestClient, en
         "max_waiting_pictures": 128,
         "max_waiting_searches": 512,
         "max_waiting_reads": 256,
+        "max_waiting_writes": 64,
         "max_wait_seconds": 5.0,
     }
     assert (info["rate_limit"], info["takes_urls"]) == (None, False)

@@ -1,5 +1,6 @@
 """Versions over HTTP: listed, changed over to, made of changes, and refused with a code."""
 
+import asyncio
 import io
 import shutil
 import threading
@@ -10,17 +11,22 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from indexing.building.build import build_index
+from indexing.living.journal import Journal
 from indexing.living.live_index import LiveIndex
 from indexing.living.live_view import LiveView
+from indexing.sources.arrays import ArraySource
 from indexing.versions import compacting
 from lookalike.errors import ResourceError
 from serving.app import create_app
 from serving.engine.changes import Changes
+from serving.engine.errors import without_folders
 from serving.engine.query_engine import QueryEngine
 from serving.engine.settings import EngineSettings
 from serving.schemas.indexes import IndexesAnswer
 from serving.schemas.search import SearchAnswer
 from serving.settings import ServingSettings
+from tests.small_index import units
 from tests.unit.serving.small_index import LOCAL, NUM_PICTURES, SmallIndex, draw
 
 
@@ -134,7 +140,47 @@ def test_a_search_names_a_version_however_it_is_written(client: TestClient) -> N
     assert (listed["current"], listed["served"]) == ("v0001", "v0001")
 
 
-def test_a_damaged_version_is_refused_to_a_search_as_to_a_swap(client: TestClient) -> None:
+def test_where_no_version_is_current_the_versions_cannot_be_listed_and_searches_go_on(client: TestClient) -> None:
+    (folder_of(client) / "CURRENT").unlink()
+    answer = client.get("/v1/indexes")
+    assert code(answer) == (503, "index.busy")
+    assert int(answer.headers["retry-after"]) > 0
+    assert "searches go on with v0001" in answer.json()["detail"]
+    assert client.post("/v1/search", json={"id": 1}).json()["index_version"] == "v0001"
+
+
+def test_a_batch_may_be_as_long_as_the_vectors_of_any_version_make_it(tmp_path: Path) -> None:
+    for number, dim in enumerate((1024, 8)):
+        np.save(tmp_path / f"{number}.npy", units(*range(20), dim=dim))
+        build_index(ArraySource(tmp_path / f"{number}.npy"), tmp_path / "index")
+    long = {"searches": [{"vector": [0.5] * 1024, "k": 1, "version": "v0001"}] * 64}
+    for most, status in ((2, 200), (0, 422)):
+        engine = QueryEngine.open(tmp_path / "index", settings=EngineSettings(max_compared_versions=most))
+        with TestClient(create_app(engine, ServingSettings(index=tmp_path / "index")), base_url=LOCAL) as client:
+            answer = client.post("/v1/search:batch", json=long)
+        assert answer.status_code == status
+        assert status != 200 or all("answer" in result for result in answer.json()["results"])
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("/data/my shop/v0002/ids.npy is cut short", "v0002/ids.npy is cut short"),
+        ("/data/my shop is not an index", "the index is not an index"),
+        (
+            "made from '/srv/shards/a-1', not /b/c. See https://d.example/e",
+            "made from 'a-1', not c. See https://d.example/e",
+        ),
+        ("3/4 of /x are either/or", "3/4 of /x are either/or"),
+    ],
+)
+def test_messages_for_clients_name_no_folders(message: str, told: str) -> None:
+    assert without_folders(message, Path("/data/my shop")) == told
+
+
+def test_a_damaged_version_is_refused_to_a_search_as_to_a_swap(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folder_of(client)
     shutil.copytree(folder / "v0001", folder / "v0002")
     (folder / "v0002" / "vectors.npy").unlink()
@@ -143,6 +189,10 @@ def test_a_damaged_version_is_refused_to_a_search_as_to_a_swap(client: TestClien
         assert code(answer) == (409, "version.refused")
     swap = client.post("/v1/indexes:swap", json={"version": "v0002"})
     assert swap.json()["detail"] == answer.json()["detail"]
+    # Where the index lies is for the server's operator alone.
+    assert "v0002/vectors.npy" in answer.json()["detail"]
+    assert str(folder.parent) not in answer.json()["detail"]
+    assert str(folder / "v0002" / "vectors.npy") in caplog.text
     searches = [{"id": 1, "version": "v0002"}, {"id": 1}]
     refused, found = client.post("/v1/search:batch", json={"searches": searches}).json()["results"]
     assert (refused["problem"]["code"], found["answer"]["index_version"]) == ("version.refused", "v0001")
@@ -187,6 +237,35 @@ def test_while_it_compacts_a_second_client_is_to_wait(client: TestClient, monkey
     assert code(answer) == (503, "index.busy")
     assert running.result() == "v0002"
     assert client.post("/v1/indexes:compact").json() == {"current": "v0002"}
+
+
+def test_a_compaction_that_fails_is_told_from_one_that_is_under_way(client: TestClient) -> None:
+    assert client.delete("/v1/items/3").status_code == 204
+    folder = folder_of(client)
+    (folder / "v0001" / "metadata.arrow").rename(folder / "away")
+    answer = client.post("/v1/indexes:compact")
+    # Without a pause to wait for: a client that asked again would begin another one that fails.
+    assert (code(answer), "retry-after" in answer.headers) == ((500, "index.compaction_failed"), False)
+    assert "metadata.arrow" in answer.json()["detail"]
+    assert str(folder.parent) not in answer.json()["detail"]
+    (folder / "away").rename(folder / "v0001" / "metadata.arrow")
+    assert client.post("/v1/indexes:compact").json() == {"current": "v0002"}
+
+
+def test_listing_versions_looks_at_the_disk_beside_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, num_changes_after = [], Journal.num_changes_after
+
+    def watched(journal: Journal, sequence: int) -> int:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        seen.append(sequence)
+        return num_changes_after(journal, sequence)
+
+    monkeypatch.setattr(Journal, "num_changes_after", watched)
+    assert client.get("/v1/indexes").json()["num_changes"] == 0
+    assert seen
 
 
 def test_where_the_current_version_cannot_be_opened_searches_go_on_and_changes_wait(client: TestClient) -> None:

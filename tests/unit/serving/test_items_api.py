@@ -47,6 +47,7 @@ READS = {
     "/v1/items/3": "/v1/items/{id}",
     "/v1/items/3/image": "/v1/items/{id}/image",
     "/v1/items/3/image?size=thumbnail": "/v1/items/{id}/image",
+    "/v1/indexes": "/v1/indexes",
 }
 
 
@@ -70,6 +71,20 @@ class TestLoad:
         assert int(answer.headers["retry-after"]) >= 1
         documented = client.get("/openapi.json").json()["paths"][READS[address]]["get"]["responses"]["429"]
         assert "server.overloaded" in documented["content"]["application/problem+json"]["examples"]
+
+    def test_so_are_changes(self, writing_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        client, room = writing_client, Admission("changes", most_inside=1, most_seconds=math.inf)
+        monkeypatch.setattr(client.app.state.engine, "_writes", room)  # type: ignore[attr-defined]
+        routes = client.get("/openapi.json").json()["paths"]
+        vector = {"json": {"vector": [1.0] * 512}}
+        changes = (("post", "/v1/items", vector), ("put", "/v1/items/{id}", vector), ("delete", "/v1/items/{id}", {}))
+        for method, route, body in changes:
+            with room.entering():
+                answer = client.request(method, route.format(id=7), **body)
+            assert code(answer) == (429, "server.overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+            documented = routes[route][method]["responses"]["429"]
+            assert "server.overloaded" in documented["content"]["application/problem+json"]["examples"]
 
 
 class TestLists:

@@ -282,6 +282,7 @@ def test_codes_and_statuses_never_change() -> None:
         "version.refused": 409,
         "version.off": 422,
         "index.busy": 503,
+        "index.compaction_failed": 500,
         "server.overloaded": 429,
         "server.not_ready": 503,
         "server.error": 500,

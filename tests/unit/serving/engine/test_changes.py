@@ -119,6 +119,26 @@ def test_a_replacement_keeps_the_metadata_unless_it_brings_its_own(engine: Query
         asyncio.run(engine.replace(999, vector=unit(OLIVE)))
 
 
+def test_a_replacement_keeps_the_metadata_that_another_process_gives_at_the_last_moment(
+    engine: QueryEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = engine._served_index.live.journal
+    writing = journal.writing
+
+    def replaced_first() -> AbstractContextManager[JournalTransaction]:
+        with closing(LiveIndex.open(journal.path.parent)) as other:
+            other.replace([3], unit(OLIVE)[None], [{"key": "new", "red": 7, "width": 9}])
+        return writing()
+
+    monkeypatch.setattr(journal, "writing", replaced_first)
+    kept = asyncio.run(engine.replace(3, vector=unit(COLOURS[3])))
+    assert (kept.key, kept.metadata, kept.width) == ("new", {"red": 7}, 9)
+    kept = asyncio.run(engine.replace(3, picture=picture_of(COLOURS[3], side=20)))
+    assert (kept.key, kept.metadata, kept.width) == ("new", {"red": 7}, 20)
+    monkeypatch.undo()
+    assert asyncio.run(engine.item(3)) == kept
+
+
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_change_is_answered_as_it_was_made_though_another_process_deletes_it_at_once(
     engine: QueryEngine, monkeypatch: pytest.MonkeyPatch, replaces: bool

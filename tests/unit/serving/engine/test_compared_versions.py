@@ -5,8 +5,10 @@ import gc
 import io
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,14 @@ from lookalike.records import SearchParameters
 from serving.engine import compared_versions
 from serving.engine.errors import (
     ComparisonOffError,
+    OverloadedError,
     UnknownVersionError,
     UnsearchableVectorError,
     VersionRefusedError,
 )
 from serving.engine.queries import Answer, QueryPart, SearchQuery
 from serving.engine.query_engine import QueryEngine
-from tests.unit.serving.engine.colour_index import COLOURS, build_colours, engine_of
+from tests.unit.serving.engine.colour_index import COLOURS, ServedColours, build_colours, engine_of
 from tests.unit.serving.engine.fake_encoder import FakeEncoder, unit
 from tests.unit.serving.small_index import SmallIndex, draw
 
@@ -174,6 +177,99 @@ def test_a_change_made_while_a_version_is_opened_is_in_the_answer(
         return await second
 
     assert ids_of(asyncio.run(run()))[0] == 500
+
+
+@pytest.fixture
+def may_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, v0001 cannot be opened."""
+    event = threading.Event()
+    open_now = LiveIndex._open
+
+    def open_when_told(self: LiveIndex, version: str) -> LiveView:
+        assert version != "v0001" or event.wait(20)
+        return open_now(self, version)
+
+    monkeypatch.setattr(LiveIndex, "_open", open_when_told)
+    yield event
+    event.set()
+
+
+def test_few_wait_for_an_opening_and_none_beyond_the_deadline(
+    colours: Path, opened: list[str], may_open: threading.Event
+) -> None:
+    engine = engine_of(colours, FakeEncoder(), max_waiting_searches=3, max_wait_seconds=0.3)
+
+    async def seconds_until_refused() -> float:
+        started = time.perf_counter()
+        with pytest.raises(OverloadedError) as refusal:
+            await engine.search(by_vector("v0001"))
+        assert 0 < refusal.value.retry_after_seconds <= 10
+        return time.perf_counter() - started
+
+    async def run() -> Answer:
+        seconds = sorted(await asyncio.gather(*[seconds_until_refused() for _ in range(20)]))
+        assert seconds[16] < 0.3 <= seconds[17]
+        assert seconds[19] < 10
+        # What serves does not wait, and the opening went on for the next one who asks.
+        assert (await engine.search(by_vector(None))).index_version == "v0004"
+        may_open.set()
+        while True:
+            try:
+                return await engine.search(by_vector("v0001"))
+            except OverloadedError:
+                continue
+
+    assert asyncio.run(run()).index_version == "v0001"
+    assert opened == ["v0001"]
+    engine.close()
+
+
+def test_no_swap_waits_for_an_opening(engine: QueryEngine, may_open: threading.Event) -> None:
+    async def run() -> Answer:
+        compared = asyncio.create_task(engine.search(by_vector("v0001")))
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(engine.swap("v0002"), 10) == "v0002"
+        assert not compared.done()
+        may_open.set()
+        return await compared
+
+    assert asyncio.run(run()).index_version == "v0001"
+
+
+def test_two_versions_that_are_opened_at_once_share_one_encoder(colours: Path) -> None:
+    both_loaded = threading.Barrier(2, timeout=20)
+
+    class Colours(ServedColours):
+        def _check_canaries(self, *of_version: Any) -> int:
+            if hasattr(self, "live"):
+                both_loaded.wait()
+            return super()._check_canaries(*of_version)
+
+    index = Colours(colours, FakeEncoder())
+    index._companions.clear()
+    index._load_encoder = lambda base: FakeEncoder()
+    with ThreadPoolExecutor(2) as threads:
+        views = list(threads.map(index.live.open_version, ["v0001", "v0002"]))
+    first, second = (index.serving(view).encoder for view in views)
+    assert first is second is not None
+    index.close()
+
+
+def test_what_was_written_is_read_beside_the_event_loop(engine: QueryEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by: list[threading.Thread] = []
+    brought_up_to_date = LiveIndex.brought_up_to_date
+
+    def recorded(self: LiveIndex, view: LiveView) -> LiveView:
+        read_by.append(threading.current_thread())
+        return brought_up_to_date(self, view)
+
+    monkeypatch.setattr(LiveIndex, "brought_up_to_date", recorded)
+    ask(engine, "v0001")
+    asyncio.run(engine.add(vector=OLIVE, id=500))
+    for _ in range(3):
+        assert ids_of(ask(engine, "v0001"))[0] == 500
+    [thread] = read_by
+    assert thread is not threading.main_thread()
 
 
 def test_few_stay_open_and_what_is_let_go_of_leaves_memory(engine: QueryEngine, opened: list[str]) -> None:

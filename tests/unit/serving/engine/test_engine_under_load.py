@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.decode import decode_image
+from indexing.living.journal import JournalTransaction
 from indexing.living.live_view import LiveView
 from lookalike.errors import DecodeError
 from lookalike.records import SearchParameters
@@ -252,6 +254,7 @@ def test_lists_and_pictures_are_bounded_too(index: Path, monkeypatch: pytest.Mon
             lambda: engine.random_items(2, seed=0),
             lambda: engine.original(3),
             lambda: engine.thumbnail(3, side=32),
+            lambda: engine.versions(),
         ]
         inside = [asyncio.create_task(read()) for read in reads[:4]]
         await asyncio.sleep(0)
@@ -265,6 +268,41 @@ def test_lists_and_pictures_are_bounded_too(index: Path, monkeypatch: pytest.Mon
         assert isinstance(original, PicturesUnavailableError)
 
     asyncio.run(asyncio.wait_for(ask(), 60))
+    engine.close()
+
+
+def test_changes_are_bounded_too_and_searches_do_not_wait_for_them(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(index, FakeEncoder(), max_waiting_writes=2)
+    journal = engine._served_index.live.journal
+    is_let_go, writing = threading.Event(), journal.writing
+
+    def held_back() -> AbstractContextManager[JournalTransaction]:
+        is_let_go.wait(30)
+        return writing()
+
+    monkeypatch.setattr(journal, "writing", held_back)
+    changes: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+        lambda: engine.add(vector=unit(COLOURS[0]), id=500),
+        lambda: engine.delete(3),
+        lambda: engine.replace(4, vector=unit(COLOURS[0])),
+    ]
+
+    async def ask() -> None:
+        inside = [asyncio.create_task(change()) for change in changes[:2]]
+        await asyncio.sleep(0)
+        for change in changes:
+            with pytest.raises(OverloadedError, match="2 changes") as refusal:
+                await change()
+            assert refusal.value.retry_after_seconds > 0
+        assert (await engine.search(by_picture(3))).hits[0].item.id == 3
+        is_let_go.set()
+        await asyncio.gather(*inside)
+        assert (await changes[2]()).id == 4
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    assert engine.num_changes == 3
     engine.close()
 
 

@@ -82,7 +82,7 @@ def test_a_version_that_fits_is_swapped_to_and_back(engine: QueryEngine) -> None
     assert engine.served().index_version == "v0002"
     found = asyncio.run(engine.search(SearchQuery((QueryPart(id=2),))))
     assert found.index_version == "v0002"
-    listed = asyncio.run(engine.versions())
+    listed = asyncio.run(engine.versions()).versions
     assert [(one.name, one.is_current, one.is_served) for one in listed] == [
         ("v0001", False, False),
         ("v0002", True, True),
@@ -138,7 +138,7 @@ def test_a_version_that_another_program_publishes_is_refused_too(
 
     asyncio.run(asyncio.wait_for(search_until_told(), timeout=30))
     assert "stays at version v0001" in caplog.text
-    assert [one.is_served for one in asyncio.run(engine.versions()) if one.is_current] == [False]
+    assert [one.is_served for one in asyncio.run(engine.versions()).versions if one.is_current] == [False]
 
 
 def test_a_server_does_not_start_on_a_version_whose_canaries_fail(two_versions: Path, small_index: SmallIndex) -> None:

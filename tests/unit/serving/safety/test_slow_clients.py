@@ -37,7 +37,7 @@ def small_app(left: list[str]) -> FastAPI:
     async def short() -> str:
         return "short"
 
-    @app.get("/slow")
+    @app.api_route("/slow", methods=["GET", "POST"])
     async def slow() -> str:
         await asyncio.sleep(3 * WAIT)
         return "slow"
@@ -179,6 +179,54 @@ def test_headers_without_end_are_cut_off() -> None:
             status, problem = await client.answer()
             assert (status, problem["code"]) == (400, "request.malformed")
             await client.is_cut_off()
+
+    run(scenario())
+
+
+_CHUNKED = post("/own_reader", 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [GET % b"slow" + b"GET /short HTTP/1.1\r\nX-A: ", _CHUNKED + b"0\r\nX-A: ", _CHUNKED + b"1;a="],
+    ids=["sent ahead", "trailer", "extension of a chunk"],
+)
+def test_headers_without_end_are_cut_off_while_a_request_is_answered(start: bytes) -> None:
+    async def scenario() -> None:
+        async with running_server() as served:
+            client = await served.connect(start)
+            await asyncio.sleep(WAIT / 8)  # The first request runs.
+            client.writer.write(b"y" * (16 << 20))
+            status, problem = await client.answer()
+            assert (status, problem["code"]) == (400, "request.malformed")
+            await client.is_cut_off()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("num_ahead", "is_allowed"), [(60, True), (1000, False)])
+def test_only_so_many_requests_are_sent_ahead(num_ahead: int, is_allowed: bool) -> None:
+    async def scenario() -> None:
+        async with running_server() as served:
+            client = await served.connect(GET % b"slow" + GET % b"short" * num_ahead)
+            if is_allowed:
+                answers = [(await client.answer())[1] for _ in range(1 + num_ahead)]
+                assert answers == ["slow"] + ["short"] * num_ahead
+            else:
+                assert (await client.answer())[1]["code"] == "request.malformed"
+                await client.is_cut_off()
+
+    run(scenario())
+
+
+def test_a_body_that_nobody_reads_waits_at_the_client() -> None:
+    async def scenario() -> None:
+        async with running_server() as served:
+            client = await served.connect(_CHUNKED.replace(b"own_reader", b"slow") + b"4000000\r\n" + b"1" * (64 << 20))
+            await asyncio.sleep(WAIT)
+            [connection] = served.connections
+            assert 0 < len(connection.cycle.body) < 1 << 20
+            assert await client.answer() == (200, "slow")
 
     run(scenario())
 
