@@ -123,6 +123,10 @@ def run(
 def url(
     address: Annotated[str, typer.Argument(help="Where the server's page is, such as http://127.0.0.1:8000/.")],
     benchmark: Annotated[str, typer.Argument(help="As of `run`.")],
+    key: Annotated[
+        str | None,
+        typer.Option(help="API key, for servers that want one.", envvar="LOOKALIKE_API_KEY", show_envvar=True),
+    ] = None,
     shards: Annotated[Path | None, typer.Option(help="Shard set that the server's index was made from.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Oxford, Paris: the official folder; whole pictures are sent with their region.")
@@ -152,7 +156,7 @@ def url(
         "retrieval": ["folder", "ground_truth", "depth"],
     }
     _refuse(url, given, unused[chosen.kind], where=f"for {benchmark}")
-    options = UrlOptions(address, shards, folder, ground_truth, solution, exact, depth, connections, offline)
+    options = UrlOptions(address, shards, folder, ground_truth, solution, exact, depth, connections, offline, key)
     tree, lines = evaluate_url(chosen, options, _outputs(_file(json_file), report, previous))
     print_result(tree, as_json=_prints(json_file), lines=lambda: lines)
 

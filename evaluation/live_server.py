@@ -1,13 +1,15 @@
 """Rankings of a running server, asked for over its HTTP API with the benchmark's own query pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Generic, TypeVar
 
-from lookalike.api_answers import Hit, ServerInfo
-from lookalike.api_client import ApiClient
-from lookalike.errors import ManifestMismatch, SettingsError
+from lookalike.api_answers import Hit, Item, ServerInfo
+from lookalike.api_client import ApiClient, ApiProblem
+from lookalike.errors import ManifestMismatch, ResourceError, SettingsError
 from lookalike.progress import Progress
 
 _NUM_SAMPLED = 200
@@ -36,6 +38,51 @@ class ServerRankings(Generic[Kept]):
     warnings: tuple[str, ...] = ()
 
 
+@contextmanager
+def connected(url: str, *, api_key: str | None = None) -> Iterator[ApiClient]:
+    """A client of the server, until the block ends.
+
+    Raises:
+        SettingsError: `url` is no address.
+        ResourceError: from the block; where the server wants a key, it says how one is given.
+    """
+    try:
+        client = ApiClient(url, api_key=api_key)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
+    try:
+        with client:
+            yield client
+    except ApiProblem as problem:
+        if problem.status != HTTPStatus.UNAUTHORIZED:
+            raise
+        what = "wants an API key" if api_key is None else "does not know the API key that it was given"
+        raise ResourceError(
+            f"{url} {what}: {problem.detail}. Give one with --key, or in the environment variable LOOKALIKE_API_KEY; "
+            "the server's operator makes keys with `lookalike serve keys add`."
+        ) from problem
+
+
+def all_items(url: str, *, api_key: str | None = None) -> list[Item]:
+    """Every picture of the server's gallery, in ascending order of ids.
+
+    Raises:
+        SettingsError, ResourceError: as of `connected`, or the server does not answer.
+    """
+    items: list[Item] = []
+    with connected(url, api_key=api_key) as client:
+        info = client.info()
+        after_id = None
+        with Progress(info.num_vectors, description="pictures of the server", unit="pictures") as progress:
+            while True:
+                page = client.items(after_id=after_id, limit=info.limits.max_items)
+                items += page.items
+                progress.advance(len(page.items))
+                after_id = page.next_after_id
+                if after_id is None:
+                    return items
+
+
 def ask_server(
     url: str,
     queries: Sequence[PictureQuery],
@@ -44,6 +91,7 @@ def ask_server(
     k: int,
     exact: bool,
     num_connections: int = 4,
+    api_key: str | None = None,
 ) -> ServerRankings[Kept]:
     """Sends every query, several at a time, and keeps the order.
 
@@ -51,17 +99,17 @@ def ask_server(
         keep: What is kept of a query's hits; all hits of all queries would take gigabytes.
         k: Hits wanted; the server's own limit may be lower.
         exact: Let the server compare with every vector.
+        api_key: For servers that want one.
 
     Raises:
         SettingsError: `url` is no address.
         ResourceError: the server does not answer, or refuses a query.
         ManifestMismatch: the index was swapped in between, so that the answers do not belong together.
     """
-    try:
-        connected = ApiClient(url)
-    except ValueError as error:
-        raise SettingsError(f"{error}.") from error
-    with connected as client, Progress(len(queries), description="searching", unit="queries") as progress:
+    with (
+        connected(url, api_key=api_key) as client,
+        Progress(len(queries), description="searching", unit="queries") as progress,
+    ):
         info = client.info()
         asked = min(k, info.limits.max_k)
 

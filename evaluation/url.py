@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evaluation.compare import compare_results, open_result, remarks
 from evaluation.gldv2.retrieval import score_retrieval
 from evaluation.gldv2.solutions import read_retrieval_solution
 from evaluation.gldv2.submissions import MAX_IMAGES
-from evaluation.live_server import PictureQuery, ServerRankings, ask_server
+from evaluation.live_server import PictureQuery, ServerRankings, all_items, ask_server
 from evaluation.outputs import Outputs, conclude
 from evaluation.protocols import (
     CROP,
@@ -35,6 +35,7 @@ from evaluation.result import Result, Section
 from evaluation.revisited.ground_truth import load_ground_truth
 from evaluation.revisited.pictures import keys_in_shards, queries_in_folder, rows_in_shards
 from evaluation.revisited.rankings import evaluate_rankings
+from evaluation.served_gallery import ServedGallery
 from lookalike.api_answers import Hit, ServerInfo
 from lookalike.artifacts import file_sha256, fingerprint
 from lookalike.errors import DataError, ManifestMismatch, SettingsError
@@ -53,6 +54,7 @@ class UrlOptions:
     depth: int = 10_000  # hits asked for at most
     num_connections: int = 4
     offline: Path | None = None  # result of the same benchmark, computed offline
+    api_key: str | None = field(default=None, repr=False)  # for servers that want one
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _ask_for_classes(benchmark: ClassBenchmark, options: UrlOptions) -> _Judged:
             rows = rows[have_company(labels[rows])]
         largest_class = int(np.unique(labels[gallery], return_counts=True)[1].max())
         k = 1 + max(*benchmark.ks, min(largest_class, options.depth))
-        rankings = _ask(options, _queries_of(shard_set, rows), _ids_in(shard_set, options.url), k=k)
+        served = _gallery_of(shard_set, benchmark.gallery_split, options)
+        rankings = _ask_within(served, options, _queries_of(shard_set, rows), k=k)
         section = judge_rankings(
             _padded(rankings.answers),
             rows,
@@ -226,7 +229,8 @@ def _ask_for_retrieval(benchmark: RetrievalBenchmark, options: UrlOptions) -> _J
         names = [shard_set.key(row).rpartition("/")[2] for row in all_rows]
         scored = [place for place, name in enumerate(names) if name in solution.usages]
         queries = _queries_of(shard_set, all_rows[scored])
-        rankings = _ask(options, queries, _ids_in(shard_set, options.url), k=MAX_IMAGES)
+        served = _gallery_of(shard_set, benchmark.gallery_split, options)
+        rankings = _ask_within(served, options, queries, k=MAX_IMAGES)
         predictions = {
             names[place]: [shard_set.key(row).rpartition("/")[2] for row in answer]
             for place, answer in zip(scored, rankings.answers, strict=True)
@@ -242,24 +246,30 @@ def _ask(
     *,
     k: int,
 ) -> ServerRankings[ndarray]:
-    return ask_server(options.url, queries, keep, k=k, exact=options.is_exact, num_connections=options.num_connections)
+    return ask_server(
+        options.url,
+        queries,
+        keep,
+        k=k,
+        exact=options.is_exact,
+        num_connections=options.num_connections,
+        api_key=options.api_key,
+    )
 
 
-def _ids_in(shard_set: ShardSet, url: str) -> Callable[[tuple[Hit, ...]], Int64[ndarray, "hits"]]:
-    """Ids of hits, which have a meaning only where they are rows of the same shards."""
-    keys = shard_set.samples["key"].to_pylist()
+def _ask_within(
+    served: ServedGallery, options: UrlOptions, queries: Sequence[PictureQuery], *, k: int
+) -> ServerRankings[ndarray]:
+    """Asks for so many more hits that k remain without strangers, as far as the server gives them."""
+    rankings = _ask(options, queries, served, k=k + len(served.strangers))
+    answers = [answer[:k] for answer in rankings.answers]
+    info = replace(rankings.info, num_vectors=int(served.is_gallery.sum()))  # what the numbers are about
+    return replace(rankings, info=info, answers=answers, warnings=(*served.warnings, *rankings.warnings))
 
-    def ids(hits: tuple[Hit, ...]) -> Int64[ndarray, "hits"]:
-        for hit in hits:
-            if hit.id >= len(keys) or keys[hit.id] != hit.key:
-                here = keys[hit.id] if hit.id < len(keys) else "none"
-                raise ManifestMismatch(
-                    f"{url} calls picture {hit.id} {hit.key}, in {shard_set.folder} it is {here}. Give the shards that "
-                    "its index was made from."
-                )
-        return np.array([hit.id for hit in hits], np.int64)
 
-    return ids
+def _gallery_of(shard_set: ShardSet, split: str | None, options: UrlOptions) -> ServedGallery:
+    items = all_items(options.url, api_key=options.api_key)
+    return ServedGallery.of(items, shard_set, split, options.url)
 
 
 def _padded(answers: Sequence[Int64[ndarray, "_"]]) -> Int64[ndarray, "queries depth"]:

@@ -19,22 +19,27 @@ from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
 from data_pipelines.sources.registry import open_data_set
+from evaluation.__main__ import app
 from evaluation.benchmarks import ClassBenchmark, LandmarkBenchmark, RetrievalBenchmark, find_benchmark
 from evaluation.embedding_sets import evaluate_embedding_sets
 from evaluation.outputs import Outputs
 from evaluation.result import Result, read_result
 from evaluation.run import RunOptions, evaluate_run
+from evaluation.served_gallery import ServedGallery
 from evaluation.url import UrlOptions, evaluate_url
 from indexing.building.build import build_index
 from indexing.embed import embed_shards
 from indexing.embedding_set import EmbeddingSet
 from indexing.settings import IndexSettings
 from indexing.sources.embeddings import EmbeddingSource
+from lookalike.api_answers import Hit, Item
+from lookalike.api_client import ApiClient
 from lookalike.encoder import Encoder, create_encoder
 from lookalike.encoder_settings import EncoderSettings, InputSettings
 from lookalike.errors import ArtifactError, DataError, ManifestMismatch, ResourceError, SettingsError
 from serving.app import create_app
 from serving.engine.query_engine import QueryEngine
+from serving.safety.key_file import add_key
 from serving.settings import ServingSettings
 from tests.drawn_pictures import draw_class_folders, draw_picture
 
@@ -49,8 +54,8 @@ def encoder() -> Encoder:
 
 
 @contextmanager
-def served(index: Path) -> Iterator[str]:
-    app = create_app(QueryEngine.open(index), ServingSettings(index=index))
+def served(index: Path, **settings: object) -> Iterator[str]:
+    app = create_app(QueryEngine.open(index), ServingSettings(index=index, **settings))  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="on"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -132,8 +137,11 @@ def test_an_index_and_a_server_give_the_numbers_of_brute_force_and_bounds_of_the
         file = tmp_path / "live.json"
         options = UrlOptions(url, shards_folder, offline=classes_run / "result.json", is_exact=True)
         _, lines = evaluate_url(CLASSES, options, Outputs(file))
-        with pytest.raises(DataError, match="ids that the gallery does not hold"):
-            evaluate_url(replace(CLASSES, gallery_split="train"), options, Outputs(tmp_path / "other.json"))
+        for split in (None, "train"):  # None: a gallery that holds the server's, where every number would be wrong
+            what = r"holds 30 pictures, the gallery has \d+ \(.*exactly split 'test': give --gallery-split test\."
+            with pytest.raises(ManifestMismatch, match=what):
+                evaluate_url(replace(CLASSES, gallery_split=split), options, Outputs(tmp_path / "other.json"))
+        assert not (tmp_path / "other.json").exists()
     live = read_result(file)
     for section in (by_index, live.sections["leave_one_out"]):
         for metric in ("hit_rate@1", "hit_rate@5", "recall@2", "map@r", "r_precision"):
@@ -143,6 +151,68 @@ def test_an_index_and_a_server_give_the_numbers_of_brute_force_and_bounds_of_the
         assert (high >= exact.per_query["map"] - 1e-9).all()
     assert "live minus offline, leave_one_out map@r: +0.00" in lines
     assert live.record["search_parameters"] == {"k": 6, "exact": True}
+
+
+def test_pictures_added_to_a_server_are_left_out_and_said_and_deleted_ones_are_missed(
+    classes_run: Path, shards_folder: Path, tmp_path: Path
+) -> None:
+    exact = read_result(classes_run / "result.json").sections["leave_one_out"]
+    index = index_of(classes_run / "embeddings" / "test", tmp_path / "index")
+    embeddings = EmbeddingSet.open(classes_run / "embeddings" / "test")
+    vectors, ids = embeddings.vectors(), embeddings.ids
+    with ShardSet.open(shards_folder) as shard_set:
+        taken = np.setdiff1d(shard_set.rows("train"), ids)[:1].tolist()  # an id of another split
+    options = UrlOptions("", shards_folder, is_exact=True)
+    with served(index, allows_writes=True) as url, ApiClient(url) as client:
+        # Copies of queries stand before everything else in their lists.
+        for id, vector in zip((*taken, None, None), vectors, strict=False):
+            client.add(vector=vector.tolist(), id=id, metadata={"key": "mine"})
+        evaluate_url(CLASSES, replace(options, url=url), Outputs(tmp_path / "live.json"))
+        live = read_result(tmp_path / "live.json")
+        for metric in ("hit_rate@1", "hit_rate@5", "recall@2", "map@r", "r_precision"):
+            np.testing.assert_allclose(
+                live.sections["leave_one_out"].per_query[metric], exact.per_query[metric], atol=1e-9
+            )
+        assert "that are not in the shards (3), such as those added" in " ".join(live.warnings)
+        assert live.record["counts"]["gallery"]["found"] == 30
+        assert live.record["search_parameters"] == {"k": 9, "exact": True}
+        client.delete(int(ids[0]))
+        what = "holds 32 pictures, the gallery has 30 .* 29 are in this gallery, 0 in other splits, and 3 are not in"
+        with pytest.raises(ManifestMismatch, match=what):
+            evaluate_url(CLASSES, replace(options, url=url), Outputs())
+
+
+def test_pictures_that_come_while_a_server_is_evaluated_are_named(shards_folder: Path) -> None:
+    with ShardSet.open(shards_folder) as shard_set:
+        rows = shard_set.rows("test")
+        keys = {int(row): shard_set.key(row) for row in rows}
+        items = [Item(row, key, None, None, None, {}, None) for row, key in keys.items()]
+        gallery = ServedGallery.of(items, shard_set, "test", "http://server")
+    first, second = list(keys)[:2]
+    assert gallery((Hit(second, 0.9, keys[second]), Hit(first, 0.8, keys[first]))).tolist() == [second, first]
+    for late in (Hit(10_000, 0.9, "new"), Hit(first, 0.9, "another")):
+        with pytest.raises(ManifestMismatch, match=f"picture {late.id} .*{late.key}.*changed meanwhile"):
+            gallery((late,))
+
+
+def test_a_server_with_keys_is_asked_with_one(
+    classes_run: Path, shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(classes_run / "embeddings" / "test", tmp_path / "index")
+    secret = add_key(tmp_path / "keys", "reader", ("read",), today="2026-01-31")
+    result = tmp_path / "live.json"
+    with served(index, keys=tmp_path / "keys") as url:
+        for key, what in ((None, "wants an API key"), (f"{secret[:-4]}aaaa", "does not know the API key")):
+            with pytest.raises(ResourceError, match=f"{what}.*--key, or in the environment variable LOOKALIKE_API_KEY"):
+                evaluate_url(CLASSES, UrlOptions(url, shards_folder, api_key=key), Outputs())
+        command = ["url", url, "classes", "--shards", str(shards_folder), "--gallery-split", "test", "--ks", "1"]
+        for given in (["--key", secret], []):
+            if not given:
+                monkeypatch.setenv("LOOKALIKE_API_KEY", secret)
+            app([*command, *given, "--json", str(result)], standalone_mode=False)
+            assert "leave_one_out" in read_result(result).sections
+            assert secret not in result.read_text()
+            result.unlink()
 
 
 def test_an_index_and_brute_force_have_the_same_queries_where_a_class_has_one_picture(
