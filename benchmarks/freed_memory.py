@@ -23,11 +23,11 @@ RESULT = Path(__file__).parent / "results" / "freed_memory_cpu.md"
 NETWORKS = (("resnet50", 224, 128), ("resnet18", 224, 256), ("tf_efficientnet_lite0", 224, 256),
             ("tf_efficientnet_lite0", 64, 2048), ("vit_small_patch16_224", 224, 96))  # fmt: skip
 SIZES = (8, 16, 32)
-ROUNDS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="processes per row and policy")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULT.parent.name}/{RESULT.name} too")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -39,14 +39,14 @@ def main() -> None:
     lines = [
         "# Pictures per second of an encoder on a processor",
         "",
-        f"Medians of {ROUNDS} processes each, in turns. As it comes: by glibc. Kept: `keep_freed_memory`.",
+        f"Medians of {arguments.rounds} processes each, in turns. As it comes: by glibc. Kept: `keep_freed_memory`.",
         "",
         "| | " + " | ".join(f"as it comes, parts of {n} | kept, parts of {n}" for n in SIZES) + " |",
         "|---|" + "---|" * (2 * len(SIZES)),
     ]
     for backbone, size, num_pictures in NETWORKS:
         found: dict[str, list[dict[str, float]]] = {"as it comes": [], "kept": []}
-        for _ in range(ROUNDS):
+        for _ in range(arguments.rounds):
             for policy, runs in found.items():
                 runs.append(in_a_process(policy, backbone, size, num_pictures))
         cells = [statistics.median(run[str(n)] for run in runs) for n in SIZES for runs in found.values()]
