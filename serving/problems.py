@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Mount
 
 from lookalike.errors import DecodeError
 from serving.engine.errors import (
@@ -37,6 +38,7 @@ _LONGEST_FIELD_NAME = 100
 _CHALLENGE, _PAUSE = "WWW-Authenticate", "Retry-After"
 # What pydantic puts before the words of a ValueError.
 _VALUE_ERROR = "Value error, "
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,9 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
         401, "Check the key for missing characters, or ask the server's operator for one.", _CHALLENGE
     ),
     "key.lacks_scope": ProblemKind(403, "Use a key with the scope that the detail names.", _CHALLENGE),
-    "writes.off": ProblemKind(403, "Start the server with keys, or with allows_writes, to add and delete."),
+    "writes.off": ProblemKind(
+        403, "To add and delete, give it keys, or `allows_writes: true` in the file of --settings."
+    ),
     "rate.exceeded": ProblemKind(429, "Wait as long as Retry-After says; send fewer requests a second.", _PAUSE),
     "server.busy": ProblemKind(503, "Try again as soon as Retry-After says.", _PAUSE),
     "route.unknown": ProblemKind(404, "See /openapi.json for the routes of this server."),
@@ -81,7 +85,9 @@ PROBLEM_KINDS: Mapping[str, ProblemKind] = {
     "roi.empty": ProblemKind(422, "Send left, top, right, bottom, with right and bottom a pixel further or more."),
     "roi.outside": ProblemKind(422, "Send a region of the picture as a viewer shows it, turned upright."),
     "item.unknown": ProblemKind(404, "Take an id from a search of this index version, or from GET /v1/items."),
-    "pictures.unavailable": ProblemKind(404, "Start the server with --shards to show pictures."),
+    "pictures.unavailable": ProblemKind(
+        404, "If it came from shards, start with --shards; a vector alone has none: PUT it."
+    ),
     "vector.wrong_dim": ProblemKind(422, "Send a vector of the encoder that /v1/info names; it also tells the length."),
     "vector.not_finite": ProblemKind(422, "Send finite numbers only."),
     "vector.no_direction": ProblemKind(422, "Send a vector with at least one value other than zero."),
@@ -207,6 +213,8 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         problem = problem_of(error)
+        if problem.code == "method.not_allowed":
+            problem.headers["Allow"] = ", ".join(_methods_at(request, app.routes))
         request.state.problem_code = problem.code  # for the metrics
         return problem_response(problem, request_id=request.state.request_id)
 
@@ -222,6 +230,19 @@ def add_problem_handlers(app: FastAPI) -> None:
         *_CODES,
     ):
         app.add_exception_handler(kind, answer)
+
+
+def _methods_at(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
+    """All methods that the request's address takes: the framework names those of one of its routes alone."""
+    found = [
+        method
+        for method in _METHODS
+        if any(
+            not isinstance(route, Mount) and route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in routes
+        )
+    ]
+    return found or ["GET", "HEAD"]  # a file of the page
 
 
 def problem_responses(*codes: str) -> dict[int | str, dict[str, Any]]:

@@ -121,7 +121,8 @@ def _media_type(request: Request) -> str:
 
 def _unsupported(media_type: str, *accepted: str) -> Problem:
     found = f"the body is {media_type}" if media_type else "the request has no Content-Type"
-    return Problem("body.unsupported_type", found, headers={"Accept-Post": ", ".join(accepted)})
+    taken = " or ".join(accepted)
+    return Problem("body.unsupported_type", f"{found}; send {taken}", headers={"Accept-Post": ", ".join(accepted)})
 
 
 def _require_bare_address(request: Request) -> None:
@@ -251,6 +252,8 @@ def _search_of_numbers(body: bytes, fields: Mapping[str, str]) -> dict[str, Any]
 def _search_field(name: str, text: str) -> Any:
     """What the JSON of a search would hold in place of a text of a form or an address."""
     match name:
+        case "roi" if text.lstrip().startswith("["):
+            return parsed_json(name, text)
         case "roi":
             # One part too many is enough to be refused, whatever else follows.
             return text.split(",", 4)

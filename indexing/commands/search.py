@@ -63,6 +63,9 @@ def search(
 
     parameters = SearchParameters(k=k, exact=exact, recall=recall, filter=condition)
     if url is not None:
+        folder = next((path for path in paths if path.is_dir()), None)
+        if folder is not None:
+            raise SettingsError(f"--url takes no INDEX: {folder} is a folder. Give pictures alone, or leave --url out.")
         from indexing.remote_search import search_on_server
 
         answers = search_on_server(url, paths, parameters, rerank_by=method, version=version, api_key=key)

@@ -234,7 +234,7 @@ def _require_success(response: httpx2.Response) -> None:
 
 def _problem(problem: _ProblemDetails, response: httpx2.Response) -> ApiProblem:
     return ApiProblem(
-        f"{response.url} answered {problem.status} {problem.code}: {problem.detail}. {problem.fix} "
+        f"{response.url} answered {problem.status} {problem.code}: {problem.detail.removesuffix('.')}. {problem.fix} "
         f"(request {problem.request_id})",
         **asdict(problem),
     )

@@ -113,8 +113,8 @@ class Pictures:
         if shards is None or not is_in_shards:
             raise PicturesUnavailableError(
                 "this server has no shards to read pictures from"
-                if shards is None and stored is None
-                else f"no picture was stored with id {identifier}"
+                if shards is None and stored is None and may_have_been_of_shards(served, identifier)
+                else f"no picture was stored with id {identifier}: it is a vector alone"
             )
         extension = shards.samples["extension"][identifier].as_py()
         tag = f"{_tag_of_shards(served)}-{identifier}"

@@ -116,7 +116,7 @@ def _require_scope(caller: Caller, needed: KeyScope) -> None:
     if needed in caller.scopes:
         return
     if not caller.has_key:
-        raise Problem("writes.off", "this server has neither keys nor allows_writes")
+        raise Problem("writes.off", "this server has neither keys nor the setting allows_writes")
     held = " and ".join(sorted(caller.scopes))
     headers = {"WWW-Authenticate": f'Bearer realm="lookalike", error="insufficient_scope", scope="{needed}"'}
     raise Problem("key.lacks_scope", f"key {caller.name!r} is good to {held}, not to {needed}", headers=headers)

@@ -45,7 +45,9 @@ def numbers_of_bytes(content: bytes) -> list[float]:
         raise ValueError(f"float32 values take 4 bytes each; found {len(content)} bytes")
     if len(content) > _BYTES_PER_NUMBER * LONGEST_VECTOR:
         raise ValueError(f"at most {LONGEST_VECTOR} values; found {len(content) // _BYTES_PER_NUMBER}")
-    return np.frombuffer(content, "<f4").astype(np.float64).tolist()
+    # Bytes that are no vector may spell signalling NaNs, of which numpy warns; they are refused as any NaN is.
+    with np.errstate(invalid="ignore"):
+        return np.frombuffer(content, "<f4").astype(np.float64).tolist()
 
 
 def _decode_numbers(value: Any) -> Any:

@@ -116,7 +116,7 @@ class SearchForm(RequestModel):
     parts: Annotated[str, Field(examples=['[{"image": "front"}, {"image": "back", "weight": 0.5}]'])] | None = None
     """As in a search in JSON, and written in JSON; but `image` names a file of this form."""
     roi: Annotated[str, Field(examples=["16,8,80,64.5"])] | None = None
-    """The region to search by: left,top,right,bottom in pixels of the upright picture, rounded."""
+    """The region to search by: left,top,right,bottom in pixels of the upright picture, rounded; also in brackets."""
     k: Annotated[int, Field(ge=1, le=MOST_HITS)] = 10
     """Number of hits; the server's own limit may be lower, see `limits.max_k` of /v1/info."""
     exact: bool = False

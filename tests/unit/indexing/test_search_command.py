@@ -177,6 +177,8 @@ class TestOnAServer:
         assert (code, "gone.png cannot be read" in err) == (3, True)
         code, _, err = run(capsys, picture, "--url", url, "--version", "v0003")
         assert (code, "there is no version v0003; there are v0001" in err) == (4, True)
+        code, _, err = run(capsys, tmp_path, picture, "--url", url)
+        assert (code, f"--url takes no INDEX: {tmp_path} is a folder" in err) == (2, True)
         code, _, err = run(capsys, picture, "--url", "localhost")
         assert (code, "not the address of a server" in err) == (2, True)
 

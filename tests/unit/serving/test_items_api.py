@@ -166,7 +166,9 @@ class TestAdditions:
         vector = np.random.default_rng(0).normal(size=512).astype("<f4")
         answer = writing_client.post("/v1/items", json={"vector": base64.b64encode(vector.tobytes()).decode()})
         assert (answer.status_code, answer.json()["image_url"]) == (201, None)
-        assert code(writing_client.get(f"/v1/items/{answer.json()['id']}/image")) == (404, "pictures.unavailable")
+        shown = writing_client.get(f"/v1/items/{answer.json()['id']}/image")
+        assert code(shown) == (404, "pictures.unavailable")
+        assert "it is a vector alone" in shown.json()["detail"]
         hits = writing_client.post("/v1/search", json={"vector": vector.tolist(), "k": 1}).json()["hits"]
         assert hits[0]["id"] == answer.json()["id"]
 

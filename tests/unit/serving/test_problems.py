@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -379,9 +380,27 @@ def test_a_path_cannot_forge_lines_of_the_log(client: TestClient, caplog: pytest
 
 
 def test_refusals_say_what_would_be_accepted(client: TestClient) -> None:
-    assert client.get("/v1/search").headers["allow"] == "POST"
+    for method, path, allowed in (
+        ("GET", "/v1/search", "POST"),
+        ("PATCH", "/v1/items", "GET, POST"),
+        ("PATCH", "/v1/items/5", "GET, PUT, DELETE"),
+        ("POST", "/livez", "GET"),
+        ("POST", "/page/problems.js", "GET, HEAD"),
+    ):
+        refused = client.request(method, path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, allowed), path
     refused = client.post("/v1/search", content=b"x", headers={"content-type": "text/plain"})
     assert refused.headers["accept-post"] == "multipart/form-data, application/json, application/octet-stream"
+    named = "the body is text/plain; send multipart/form-data or application/json or application/octet-stream"
+    assert refused.json()["detail"] == named
+
+
+def test_bytes_that_are_no_vector_are_refused_without_a_warning(client: TestClient) -> None:
+    numbers = {"content-type": "application/octet-stream"}
+    for value in (b"\x01\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\xff"):  # NaNs, the first a signalling one
+        with warnings.catch_warnings(action="error"):
+            answer = client.post("/v1/search", content=value * 512, headers=numbers)
+        check_problem(answer, 422, "vector.not_finite")
 
 
 class TestBodyLimit:
