@@ -63,24 +63,23 @@ def connected(url: str, *, api_key: str | None = None) -> Iterator[ApiClient]:
         ) from problem
 
 
-def all_items(url: str, *, api_key: str | None = None) -> list[Item]:
+def served_items(url: str, *, api_key: str | None = None) -> Iterator[Item]:
     """Every picture of the server's gallery, in ascending order of ids.
 
     Raises:
         SettingsError, ResourceError: as of `connected`, or the server does not answer.
     """
-    items: list[Item] = []
     with connected(url, api_key=api_key) as client:
         info = client.info()
         after_id = None
         with Progress(info.num_vectors, description="pictures of the server", unit="pictures") as progress:
             while True:
                 page = client.items(after_id=after_id, limit=info.limits.max_items)
-                items += page.items
+                yield from page.items
                 progress.advance(len(page.items))
                 after_id = page.next_after_id
                 if after_id is None:
-                    return items
+                    return
 
 
 def ask_server(

@@ -1,6 +1,6 @@
 """Which pictures of a shard set a running server holds, so that its answers are judged against exactly these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,11 @@ class ServedGallery:
     strangers: frozenset[int]  # ids of pictures that are not in the shards, such as those added since
 
     @classmethod
-    def of(cls, items: Sequence[Item], shard_set: ShardSet, split: str | None, url: str) -> "ServedGallery":
+    def of(cls, items: Iterable[Item], shard_set: ShardSet, split: str | None, url: str) -> "ServedGallery":
         """The rows of `split` (None: of all splits), once it is certain that the server holds them all and no others.
+
+        Args:
+            items: All of the server's, in ascending order of ids, as rows are.
 
         Raises:
             DataError: there is no such split.
@@ -31,15 +34,16 @@ class ServedGallery:
         """
         keys = shard_set.samples["key"].to_pylist()
         gallery = shard_set.rows(split)
-        is_row = [item.id < len(keys) and keys[item.id] == item.key for item in items]
-        held = np.array([item.id for item, known in zip(items, is_row, strict=True) if known], np.int64)
-        strangers = frozenset(item.id for item, known in zip(items, is_row, strict=True) if not known)
-        # A list of items is in ascending order of ids, as rows are.
+        rows: list[int] = []
+        others: list[int] = []
+        for item in items:  # a million of them would take a gigabyte
+            (rows if item.id < len(keys) and keys[item.id] == item.key else others).append(item.id)
+        held, strangers = np.array(rows, np.int64), frozenset(others)
         if not np.array_equal(held, gallery):
             num_found = int(np.isin(held, gallery).sum())
             where = f"split {split!r}" if split else "all splits"
             raise ManifestMismatch(
-                f"{url} holds {len(items):,} pictures, the gallery has {len(gallery):,} ({where} of "
+                f"{url} holds {len(held) + len(strangers):,} pictures, the gallery has {len(gallery):,} ({where} of "
                 f"{shard_set.folder}). Of the server's, {num_found:,} are in this gallery, {len(held) - num_found:,} "
                 f"in other splits, and {len(strangers):,} are not in these shards. {_advice(held, shard_set)}"
             )

@@ -19,7 +19,7 @@ from evaluation.compare import compare_results, open_result, remarks
 from evaluation.gldv2.retrieval import score_retrieval
 from evaluation.gldv2.solutions import read_retrieval_solution
 from evaluation.gldv2.submissions import MAX_IMAGES
-from evaluation.live_server import PictureQuery, ServerRankings, all_items, ask_server
+from evaluation.live_server import PictureQuery, ServerRankings, ask_server, served_items
 from evaluation.outputs import Outputs, conclude
 from evaluation.protocols import (
     CROP,
@@ -268,7 +268,7 @@ def _ask_within(
 
 
 def _gallery_of(shard_set: ShardSet, split: str | None, options: UrlOptions) -> ServedGallery:
-    items = all_items(options.url, api_key=options.api_key)
+    items = served_items(options.url, api_key=options.api_key)
     return ServedGallery.of(items, shard_set, split, options.url)
 
 

@@ -195,6 +195,12 @@ def compacting(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_no_compaction(folder: Path) -> None:
+    """Raises ResourceError where somebody is compacting, or publishing, this very moment."""
+    with compacting(folder):
+        return
+
+
 def _tidy_up(folder: Path) -> None:
     for leftover in folder.glob(f"{_OUTGOING_PREFIX}*"):
         shutil.rmtree(leftover)

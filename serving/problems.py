@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Match, Mount
 
 from lookalike.errors import DecodeError
 from serving.engine.errors import (
+    CompactionFailedError,
     ComparisonOffError,
     EncoderUnavailableError,
     IdTakenError,
@@ -33,7 +34,7 @@ from serving.schemas.problems import FieldError, ProblemDetails
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MOST_ERRORS = 20
-_RETRY_SECONDS = "10"  # after a version could not be opened
+_RETRY_SECONDS = "10"  # after versions could not be opened or changed over
 _LONGEST_FIELD_NAME = 100
 _CHALLENGE, _PAUSE = "WWW-Authenticate", "Retry-After"
 # What pydantic puts before the words of a ValueError.
@@ -117,6 +118,7 @@ _CODES: Mapping[type[Exception], str] = {
     VersionRefusedError: "version.refused",
     ComparisonOffError: "version.off",
     PicturesUnavailableError: "pictures.unavailable",
+    CompactionFailedError: "index.compaction_failed",
 }
 
 

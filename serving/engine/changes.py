@@ -1,6 +1,7 @@
 """What changes the gallery: additions, replacements, deletions, and other versions of it."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -21,12 +22,14 @@ from serving.engine.errors import (
     UnfitItemError,
     UnknownItemError,
     UnknownVersionError,
+    VersionUnavailableError,
 )
 from serving.engine.pictures import NO_PICTURE, may_have_been_of_shards, size_of
 from serving.engine.queries import IndexVersion, IndexVersions
 from serving.engine.served_index import Served, ServedIndex
 from serving.observability.metrics import ServingMetrics
 
+logger = logging.getLogger(__name__)
 _JSON_TYPES = (str, int, float, bool, list, dict, type(None))
 
 
@@ -122,8 +125,15 @@ class Changes:
     # Versions
 
     def versions(self) -> IndexVersions:
-        folder, journal = self._index.folder, self._index.live.journal
-        current, served = versions.current_version(folder), self._index.now()
+        """Raises VersionUnavailableError where the folder does not tell which is current."""
+        folder, journal, served = self._index.folder, self._index.live.journal, self._index.now()
+        try:
+            current = versions.current_version(folder)
+        except ArtifactError as error:
+            logger.error("the versions of the index cannot be told: %s", error)
+            raise VersionUnavailableError(
+                f"the index folder does not tell which version is to serve; searches go on with {served.index_version}"
+            ) from error
         found = []
         for name in versions.versions_of(folder):
             try:
@@ -195,8 +205,8 @@ class Changes:
     def _compact(self) -> str:
         # Not in this process: its work would hold up answers, and its memory would stay.
         command = [sys.executable, "-m", "indexing", "compact", str(self._index.folder), "--json"]
-        with versions.compacting(self._index.folder):
-            pass  # nobody else is at it: whatever ends the process below is no reason to begin again
+        # From here on, whatever ends the process below is no reason to begin again.
+        versions.require_no_compaction(self._index.folder)
         with self._lock:
             if self._is_closed:
                 raise ResourceError("the server is stopping")

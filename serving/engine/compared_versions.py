@@ -6,11 +6,8 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from indexing.living.live_index import LiveIndex
 from indexing.living.live_view import LiveView
@@ -21,7 +18,7 @@ from serving.engine.errors import (
     OverloadedError,
     VersionRefusedError,
     VersionUnavailableError,
-    without_folders,
+    version_refusals,
 )
 from serving.engine.served_index import Served, ServedIndex
 from serving.engine.stages import Stages
@@ -114,7 +111,7 @@ class ComparedVersions:
         if isinstance(found, _Refusal):
             raise found.error()
         try:
-            with _refusals_named(version, self._index.folder):
+            with version_refusals(self._index.folder):
                 view = found.view_at_hand()
                 if view is None:
                     view = await self._read(found)
@@ -183,7 +180,7 @@ class ComparedVersions:
                 while len(self._open) >= self._most_open:
                     self._open.popitem(last=False)
             started = time.perf_counter()
-            with _refusals_named(version, self._index.folder):
+            with version_refusals(self._index.folder):
                 opened = OpenVersion(self._index.live, version)
             with self._lock:
                 self._open[version] = opened
@@ -200,16 +197,3 @@ class ComparedVersions:
         finally:
             with self._lock:
                 del self._opening[version]
-
-
-@contextmanager
-def _refusals_named(version: str, folder: Path) -> Iterator[None]:
-    """Who may only search learns what is wrong; where it lies is in the log."""
-    try:
-        yield
-    except OverloadedError:
-        raise
-    except (ArtifactError, ResourceError) as error:
-        logger.warning("version %s cannot be searched: %s", version, error)
-        kind = VersionRefusedError if isinstance(error, ArtifactError) else VersionUnavailableError
-        raise kind(without_folders(str(error), folder)) from error

@@ -1,11 +1,15 @@
 """What the engine refuses, each with what a caller needs to tell why."""
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from lookalike.errors import ArtifactError, DataError, ResourceError
 
+logger = logging.getLogger(__name__)
 _FOLDERS = re.compile(r"(?<![\w:/])/(?:[^\s/,;:'\"]+/)+")
 
 
@@ -34,11 +38,11 @@ class UnknownVersionError(DataError):
 
 
 class VersionRefusedError(ArtifactError):
-    """A version that cannot be searched, for what it is or what the journal holds."""
+    """A version that cannot serve or be searched, for what it is or what the journal holds."""
 
 
 class VersionUnavailableError(ResourceError):
-    """A version that cannot be opened at this moment."""
+    """Versions that cannot be opened, changed over to or told at this moment."""
 
 
 class CompactionFailedError(ResourceError):
@@ -77,6 +81,30 @@ class UnsearchableRegionError(DataError):
 
 class UnsearchableFilterError(DataError):
     """A condition that the metadata cannot be held against."""
+
+
+@contextmanager
+def version_refusals(folder: Path) -> Iterator[None]:
+    """Around work on an index's versions: what goes wrong, told to those who may only search; what lies where is in the
+    log alone.
+
+    Raises:
+        VersionRefusedError: for an ArtifactError.
+        CompactionFailedError: as it is, but without folders.
+        VersionUnavailableError: for any other ResourceError but OverloadedError, which is no version's fault.
+    """
+    try:
+        yield
+    except OverloadedError:
+        raise
+    except (ArtifactError, ResourceError) as error:
+        logger.warning("index %s: %s", folder, error)
+        message = without_folders(str(error), folder)
+        if isinstance(error, ArtifactError):
+            raise VersionRefusedError(message) from error
+        if isinstance(error, CompactionFailedError):
+            raise CompactionFailedError(message) from error
+        raise VersionUnavailableError(message) from error
 
 
 def without_folders(message: str, folder: Path) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,12 @@ from serving.engine.admission import Admission
 from serving.engine.changes import Changes
 from serving.engine.compared_versions import ComparedVersions
 from serving.engine.embedding import Embedding
-from serving.engine.errors import EncoderUnavailableError, UnknownItemError, UnsearchableFilterError
+from serving.engine.errors import (
+    EncoderUnavailableError,
+    UnknownItemError,
+    UnsearchableFilterError,
+    version_refusals,
+)
 from serving.engine.gallery import ids_after, item_of, random_ids
 from serving.engine.pictures import Pictures
 from serving.engine.queries import (
@@ -420,7 +425,7 @@ class QueryEngine:
     # Versions
 
     async def versions(self) -> IndexVersions:
-        """Raises ArtifactError where the folder does not tell which is current, and OverloadedError."""
+        """Raises VersionUnavailableError where the folder does not tell which is current, and OverloadedError."""
         return await self._read(self._changes.versions)
 
     async def swap(self, version: str) -> str:
@@ -428,24 +433,28 @@ class QueryEngine:
 
         Raises:
             UnknownVersionError: there is no such version.
-            ArtifactError: it cannot be served: nothing has changed.
-            ResourceError: a compaction is under way.
+            VersionRefusedError: it cannot be served: nothing has changed.
+            VersionUnavailableError: a compaction is under way.
         """
-        return await asyncio.wrap_future(self._changes.swap(version))
+        return await self._changed_over(lambda: self._changes.swap(version))
 
     async def rollback(self) -> str:
         """Swaps to the version before the current one; raises as `swap`."""
-        return await asyncio.wrap_future(self._changes.rollback())
+        return await self._changed_over(self._changes.rollback)
 
     async def compact(self) -> str:
         """Builds a version with all changes in another process, and serves it; returns its name.
 
         Raises:
             CompactionFailedError: it was begun, and failed.
-            ResourceError: another compaction is under way.
-            ArtifactError: the new version failed its check: the old one goes on serving.
+            VersionUnavailableError: another compaction is under way.
+            VersionRefusedError: the new version failed its check: the old one goes on serving.
         """
-        return await asyncio.wrap_future(self._changes.compact())
+        return await self._changed_over(self._changes.compact)
+
+    async def _changed_over(self, begin: Callable[[], "Future[str]"]) -> str:
+        with version_refusals(self._served_index.folder):
+            return await asyncio.wrap_future(begin())
 
     # Parts of the above that run in the pool
 

@@ -9,25 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.__main__ import main
 from data_pipelines.check import check_shard_set
 from data_pipelines.settings import ClassFoldersSettings
 from data_pipelines.shard_set import ShardSet
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.class_folders import ClassFolders
 from tests.unit.data_pipelines.small_shards import SMALL_SHARDS, write_class_folders
-
-
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run_command
 
 
 @pytest.fixture

@@ -6,22 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.__main__ import main
 from data_pipelines.settings import ShardSettings
 from data_pipelines.shard_writer import write_shards
 from data_pipelines.sources.registry import open_data_set
 from tests.unit.data_pipelines import miniatures
-
-
-@pytest.fixture
-def run(capsys):
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run_command
 
 
 def test_verify_names_what_is_missing(run, tmp_path):

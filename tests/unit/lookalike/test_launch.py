@@ -4,24 +4,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lookalike.__main__ import main
 from lookalike.launch import may_hang_after_restart
+from tests.unit.training.small_runs import settings_file
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    tree = {
-        "shards": "nowhere",
-        "run": str(tmp_path / "run"),
-        "num_steps": 2,
-        "batch": {"classes_per_batch": 2},
-        "encoder": {"backbone": "resnet10t"},
-        "optimizer": {"lr": 0.1},
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "c.yaml"
+    return settings_file(tmp_path, "nowhere")
 
 
 def test_launch_becomes_torchrun_with_what_its_restarts_need(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:

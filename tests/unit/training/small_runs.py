@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lookalike.settings import validate_settings
 from training.loop import take_step
@@ -24,6 +25,21 @@ def settings_for(shards: Path | str, run: Path, **changes: object) -> TrainSetti
         "num_workers": 0,
     }
     return validate_settings(TrainSettings, {**tree, **changes}, where="test")
+
+
+def settings_file(folder: Path, shards: Path | str, **changes: object) -> Path:
+    """What a command is given."""
+    tree = {
+        "shards": str(shards),
+        "run": str(folder / "run"),
+        "num_steps": 2,
+        "batch": {"classes_per_batch": 2},
+        "encoder": {"backbone": "resnet10t"},
+        "optimizer": {"lr": 0.1},
+    }
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump({**tree, **changes}))
+    return file
 
 
 # Two of the six classes are held out, by their names.

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lookalike.settings import validate_settings
+from tests.unit.training.small_runs import settings_file
 from training.__main__ import main
 from training.dry_run import plan_of_run
 from training.settings import TrainSettings
@@ -51,18 +51,9 @@ def test_a_loss_without_schedules_shows_the_learning_rate() -> None:
 def test_a_dry_run_refuses_what_validation_could_not_look_at(
     shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = {
-        "shards": str(shards_folder),
-        "run": str(tmp_path / "run"),
-        "num_steps": 2,
-        "batch": {"classes_per_batch": 2},
-        "encoder": {"backbone": "resnet10t"},
-        "optimizer": {"lr": 0.1},
-        "validation": {"class_share": 0.35, "steps_between": 1, "max_pictures": 2},
-    }
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    validation = {"class_share": 0.35, "steps_between": 1, "max_pictures": 2}
     with pytest.raises(SystemExit) as refused:
-        main([str(tmp_path / "settings.yaml"), "--dry-run"])
+        main([str(settings_file(tmp_path, shards_folder, validation=validation)), "--dry-run"])
     assert refused.value.code == 2
     assert "no two of one class" in capsys.readouterr().err
 
@@ -70,17 +61,9 @@ def test_a_dry_run_refuses_what_validation_could_not_look_at(
 def test_a_dry_run_refuses_a_backbone_that_there_is_not(
     shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = {
-        "shards": str(shards_folder),
-        "run": str(tmp_path / "run"),
-        "num_steps": 2,
-        "batch": {"classes_per_batch": 2},
-        "encoder": {"backbone": "resnet10tt"},
-        "optimizer": {"lr": 0.1},
-    }
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(tree))
+    file = settings_file(tmp_path, shards_folder)
     for name, code in (("resnet10tt", 2), ("resnet10t", 0)):
         with pytest.raises(SystemExit) as ended:
-            main([str(tmp_path / "settings.yaml"), f"encoder.backbone={name}", "--dry-run"])
+            main([str(file), f"encoder.backbone={name}", "--dry-run"])
         assert ended.value.code == code
     assert "no model named 'resnet10tt'. Near names: resnet10t," in capsys.readouterr().err

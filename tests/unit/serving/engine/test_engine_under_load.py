@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from data_pipelines.decode import decode_image
-from indexing.living.journal import JournalTransaction
 from indexing.living.live_view import LiveView
 from lookalike.errors import DecodeError
 from lookalike.records import SearchParameters
@@ -211,17 +209,23 @@ def test_exact_searches_of_many_clients_are_done_together_and_give_what_each_giv
     engine.close()
 
 
+def held_back(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> threading.Event:
+    """Lets nobody through `owner.name` until the event is set."""
+    is_let_go, function = threading.Event(), getattr(owner, name)
+
+    def waiting(*arguments: Any) -> Any:
+        is_let_go.wait(30)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, waiting)
+    return is_let_go
+
+
 def test_embedded_pictures_count_as_searches_and_are_never_turned_away(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(index, FakeEncoder(), max_waiting_searches=2)
-    is_let_go, search = threading.Event(), LiveView.search
-
-    def held_search(*arguments: Any) -> Any:
-        is_let_go.wait(30)
-        return search(*arguments)
-
-    monkeypatch.setattr(LiveView, "search", held_search)
+    is_let_go = held_back(monkeypatch, LiveView, "search")
 
     async def ask() -> None:
         pictures = [asyncio.create_task(engine.search(by_picture(number))) for number in range(5)]
@@ -239,13 +243,7 @@ def test_embedded_pictures_count_as_searches_and_are_never_turned_away(
 
 def test_lists_and_pictures_are_bounded_too(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(index, FakeEncoder(), max_waiting_reads=4)
-    is_let_go, metadata_of = threading.Event(), LiveView.metadata_of
-
-    def held_back(*arguments: Any) -> Any:
-        is_let_go.wait(30)
-        return metadata_of(*arguments)
-
-    monkeypatch.setattr(LiveView, "metadata_of", held_back)
+    is_let_go = held_back(monkeypatch, LiveView, "metadata_of")
 
     async def ask() -> None:
         reads: list[Callable[[], Coroutine[Any, Any, Any]]] = [
@@ -275,14 +273,7 @@ def test_changes_are_bounded_too_and_searches_do_not_wait_for_them(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(index, FakeEncoder(), max_waiting_writes=2)
-    journal = engine._served_index.live.journal
-    is_let_go, writing = threading.Event(), journal.writing
-
-    def held_back() -> AbstractContextManager[JournalTransaction]:
-        is_let_go.wait(30)
-        return writing()
-
-    monkeypatch.setattr(journal, "writing", held_back)
+    is_let_go = held_back(monkeypatch, engine._served_index.live.journal, "writing")
     changes: list[Callable[[], Coroutine[Any, Any, Any]]] = [
         lambda: engine.add(vector=unit(COLOURS[0]), id=500),
         lambda: engine.delete(3),

@@ -21,7 +21,7 @@ from lookalike.artifacts import write_manifest
 from lookalike.encoder import load_encoder, save_encoder
 from lookalike.errors import ManifestMismatch
 from lookalike.records import SearchParameters
-from serving.engine.errors import UnknownVersionError
+from serving.engine.errors import UnknownVersionError, VersionRefusedError
 from serving.engine.queries import QueryPart, SearchQuery
 from serving.engine.query_engine import QueryEngine
 from serving.observability.metrics import ServingMetrics
@@ -115,8 +115,9 @@ def test_a_version_that_does_not_fit_is_refused_and_the_one_before_goes_on(
     engine: QueryEngine, two_versions: Path, spoil: Callable[[Path], None], names: list[str]
 ) -> None:
     spoil(two_versions / "v0002")
-    with pytest.raises(ManifestMismatch) as refusal:
+    with pytest.raises(VersionRefusedError) as refusal:
         asyncio.run(engine.swap("v0002"))
+    assert isinstance(refusal.value.__cause__, ManifestMismatch)
     for name in names:
         assert name in str(refusal.value)
     assert versions.current_version(two_versions) == "v0001"
